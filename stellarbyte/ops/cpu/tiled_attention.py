@@ -27,7 +27,7 @@ from stellarbyte.ops.cpu.tiles import (
 
 # T tokens, H query heads, K key/value heads, D head dim, B blocks of the cache, S block size, L places in live blocks
 
-MIN_QUERIES = 32  # of a sequence in a step: fewer do not make up for splitting its keys and values
+MIN_QUERIES = 16  # of a sequence in a step: fewer do not make up for splitting its keys and values
 MIN_WINDOW = 512  # below, a query sees few of the keys that were split
 _LEAST_DECAY = np.float32(1e-12)  # XPos: 1 / decay of the step's own keys, which float32 must hold with room
 _UNSEEN = np.float32(-1e30)  # a score whose exponential is nothing
