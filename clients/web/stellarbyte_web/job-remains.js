@@ -48,6 +48,7 @@ export class JobRemains {
     if (job.id !== this.job?.id) {
       this.outcome = null;
       this.files = [];
+      for (const button of [this.filesButton, this.modelButton]) button.show(false); // asked of another job
     }
     this.job = job;
     const state = `${job.id} ${job.status}`;

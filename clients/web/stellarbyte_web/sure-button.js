@@ -13,7 +13,8 @@ export class SureButton {
     this.isAsked = false;
     this.element = make("button", {
       type: "button",
-      click: () => {
+      click: (event) => {
+        if (event.detail > 1) return; // the second half of a double click
         const isSure = this.isAsked;
         this.isAsked = !isSure;
         this.#draw();

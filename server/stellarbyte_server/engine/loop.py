@@ -223,6 +223,8 @@ class EngineLoop:
     def _call(self, peer_id: bytes, call: Call) -> None:
         self._callers[call.call_id] = peer_id
         if isinstance(call, LoadAdapter):
+            if self._loaders.get(call.name, peer_id) != peer_id:  # ended: while it lives, others wait for the name
+                self._core.abandon_load(call.name)
             self._loaders[call.name] = peer_id
         elif isinstance(call, SetVersions | UnloadAdapter):
             self._loaders.pop(call.name, None)

@@ -51,7 +51,7 @@ def tiled_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
         first, end = batch.starts_N[n], batch.starts_N[n + 1]
         if end - first >= MIN_QUERIES:
             last, common = batch.positions_T[end - 1], _common_base(batch, n, batch.positions_T[first])
-            if rotations.decay_OD[last - common].min() < _LEAST_DECAY:
+            if rotations.decay_OD[max(0, last - common)].min() < _LEAST_DECAY:
                 return False
             turns = _turns(batch.block_bases_NM[n, : batch.num_blocks_N[n]] - common, rotations)
             key_tiles, value_panels, is_finite = _split(n, last, shape, batch, turns, keys, values, sinks, num_threads)
@@ -66,9 +66,10 @@ def tiled_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
 
 @njit(inline="always")
 def _common_base(batch, n, position):
-    """The base of the block that holds a position of a sequence."""
-    common = np.int64(0)
-    for b in range(batch.num_blocks_N[n]):
+    """The base of the block that holds a position of a sequence, but not of sinks, whose keys are not turned."""
+    first = batch.num_sink_blocks_N[n]
+    common = batch.block_bases_NM[n, first] if first < batch.num_blocks_N[n] else np.int64(0)
+    for b in range(first, batch.num_blocks_N[n]):
         if common < batch.block_bases_NM[n, b] <= position:
             common = batch.block_bases_NM[n, b]
     return common

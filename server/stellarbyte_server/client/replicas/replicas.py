@@ -315,7 +315,8 @@ class Replicas:
         elif isinstance(news, EngineRestarted):
             record.forget()  # again: the cache may have another size
             record.note_process(news.endpoint)
-            self._note_infos()
+            if hasattr(self, "info"):  # all have started once; before that, `start` notes them
+                self._note_infos()
             if len(self.clients) > 1:
                 self._note_past(record)
             syncing = asyncio.create_task(self._sync(record))

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.backends.cpu_model import batch_arrays
-from stellarbyte.ops.cpu.attention import Rotations, paged_attention, write_kv
+from stellarbyte.ops.cpu.attention import BatchArrays, Rotations, paged_attention, write_kv
 from stellarbyte.ops.cpu.tiled_attention import MIN_QUERIES, MIN_WINDOW, can_tile, tiled_attention
 from stellarbyte.ops.cpu.tiles import may_use_tiles
 from tests.support.attention_steps import Case, Step, make_step
@@ -25,17 +25,33 @@ CASES = [
     Case(spans=[(0, 40), (2, 70), (777, 33)], window=40, sinks=4, **SHAPE),
     Case(spans=[(0, 40), (90, 70)], window=70, softmax_sink=True, xpos=False, block_size=48, head_dim=64),
     Case(spans=[(0, 100), (31, 8), (1_000_000, 35)], window=1, sinks=20, **SHAPE),
+    Case(spans=[(0, 120), (20, 100), (0, 40)], window=10, sinks=52, **SHAPE),
     Case(spans=[(9, 64)], sinks=33, num_kv_heads=4, softmax_sink=True, **SHAPE),
 ]
+
+
+def farthest(case: Case, batch: BatchArrays) -> int:
+    """The largest distance between a query and the base of a block that it sees, or a window's end, for sinks."""
+    distances = []
+    for n, count in enumerate(batch.num_blocks_N):
+        last = batch.positions_T[batch.starts_N[n + 1] - 1]
+        bases = batch.block_bases_NM[n, batch.num_sink_blocks_N[n] : count]
+        capped = last if case.window is None else min(last, case.window + case.sinks)
+        distances += [capped, *(last - bases)]
+    return int(max(distances))
 
 
 def attention_of(step: Step, *, by_tiles: bool) -> np.ndarray:
     case, heads = step.case, step.heads
     batch = batch_arrays(step.batch)
-    cos, sin = (table.numpy() for table in step.rotation.cache.tables(step.batch.reach + 1 + case.block_size, CPU))
+    rows = farthest(case, batch) + 1 + case.block_size  # as many as `CpuModel` has; then NaN
+    tables = step.rotation.cache.tables(rows, CPU)
+    cos, sin = (torch.cat((t[:rows], torch.full_like(t[:999], torch.nan)))[:rows].numpy() for t in tables)
     decay, log_decay = np.ones_like(cos), step.rotation.log_decay(CPU)
     if log_decay is not None:
-        decay = torch.exp(torch.arange(len(cos))[:, None] * log_decay.detach()).numpy()
+        decay = torch.exp(torch.arange(len(cos) + 999)[:, None] * log_decay.detach())
+        decay[len(cos) :] = torch.nan
+        decay = decay[: len(cos)].numpy()
     gain = step.rotation.query_gain
     rotations = Rotations(cos, sin, decay, np.zeros(0, np.float32) if gain is None else gain.detach().numpy())
     shape = (heads.num_heads, heads.num_kv_heads, heads.head_dim)

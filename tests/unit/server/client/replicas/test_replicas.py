@@ -11,6 +11,7 @@ import pytest
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.client.launch import EngineProcess, EngineStartError
 from stellarbyte_server.client.replicas.replicas import Replicas
+from stellarbyte_server.client.restart import EngineRestarted
 from stellarbyte_server.config.settings import EngineSettings
 from tests.support.engines.engine_client import a_request, read, until
 from tests.support.servers.fake_engine import SLOW, make_model_folder
@@ -40,6 +41,19 @@ def test_if_one_engine_does_not_start_the_connections_to_the_others_are_closed(s
                 engine.stop()
 
     asyncio.run(asyncio.wait_for(run(), 120))
+
+
+def test_an_engine_may_be_restarted_before_another_has_started(tmp_path: Path) -> None:
+    async def run() -> None:
+        replicas = Replicas([EngineProcess.__new__(EngineProcess) for _ in range(2)], tmp_path)
+        (record, _) = replicas._records
+        record.client.info = SimpleNamespace(num_blocks=5)  # type: ignore[assignment]
+        replicas._changes = SimpleNamespace(sync=lambda *_: asyncio.sleep(0))  # type: ignore[assignment]
+        replicas._hear(EngineRestarted("second", 5, 0))
+        assert record.endpoint == "second"
+        await asyncio.gather(*replicas._tasks)
+
+    asyncio.run(run())
 
 
 def test_a_process_that_ends_as_it_gets_its_adapters_does_not_stand_for_the_next(tmp_path) -> None:

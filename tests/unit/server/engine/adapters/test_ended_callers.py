@@ -103,3 +103,14 @@ def test_the_name_is_the_next_process_s_own(engine: Engine) -> None:
     assert loaded.card.content_hash in engine.contents("x")
     assert isinstance(engine.call(other, SetVersions("set", "x", loaded.card.content_hash, pinned=True)), Settled)
     assert engine.contents("x") == {loaded.card.content_hash}
+
+
+def test_a_load_of_an_ended_process_does_not_keep_the_name(engine: Engine) -> None:
+    """The next process gets the name's lock at once, the engine learns of the end later."""
+    ended, other = engine.connect(b"ended"), engine.connect(b"other")
+    ended.send(msgspec.msgpack.encode(pinned("x", "a")))
+    engine.turn_until(lambda: "x" in engine._loop._loaders)
+    assert isinstance(engine.call(other, pinned("x", "b")), AdapterLoaded)
+    ended.close()
+    engine.turn_until(lambda: b"ended" not in engine._loop._peers)
+    assert len(engine.contents("x")) == 1
