@@ -152,6 +152,7 @@ class XPosRotaryEmbedding(nn.Module):
     def reserve(self, length: int, device: torch.device) -> None:
         """Make what sequences of up to `length` tokens need on a device. A model compiled without it is compiled
         again at its second call, for which the tables exist."""
+        device = torch.empty(0, device=device).device  # with its number, as that of tensors
         for layer in range(len(self.kinds)):
             self.of_layer(layer, length).cache.tables(length + 1, device)
 

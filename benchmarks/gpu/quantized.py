@@ -159,7 +159,7 @@ class Bench:
             return runs
         if self.num_rows == 1 and weight.kind == "int4":
             runs |= {f"vector {tile}": self._vector(VectorTile(*tile)) for tile in VECTOR_4_BITS}
-        rows = rows_tile(self.num_rows, part.width, weight.group_size, self.dtype).rows
+        rows = rows_tile(self.num_rows, part.width, weight, self.dtype).rows
         if self.num_rows <= 64:
             runs |= {f"rows {rows, *tile}": self._rows(RowsTile(rows, *tile)) for tile in FEW_4_BITS}
             if part.norm and self.num_rows == 1:
@@ -256,9 +256,10 @@ def measure_form(
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results: list[dict[str, Any]] = []
-    started_s = time.monotonic()
-    for i, part in enumerate(parts):
-        until_s = min(deadline_s, started_s + options.form_s * (i + 1) / len(parts))
+    for part in parts:
+        if time.monotonic() > deadline_s:
+            print(f"{form} {part.name}: no time left")
+            return results
         weights = [make_weight(part, form, device, dtype)]
         copies = 1 if options.tiny else min(MOST_COPIES, 1 + LEAST_BYTES // bytes_of(weights[0]))
         weights += [make_weight(part, form, device, dtype) for _ in range(copies - 1)]
@@ -268,7 +269,9 @@ def measure_form(
             runs.append((bench, "served", bench.served))
             if count in (options.sweep or ()):
                 runs += [(bench, name, run) for name, run in bench.variants().items()]
-        for bench, name, run in compile_all(runs):
+        compiled = compile_all(runs)
+        until_s = min(deadline_s, time.monotonic() + options.form_s / len(parts))
+        for bench, name, run in compiled:
             if time.monotonic() > until_s:
                 print(f"{form} {part.name}: no time left")
                 break

@@ -184,7 +184,7 @@ def make_trainer(
     num_active = num_active_parameters(model)
     device = args.device  # the ranks find each other
     if settings.compile:
-        model.model.rotary.reserve(model.config.max_position_embeddings, device)
+        model.model.rotary.reserve(config.data.sequence, device)
     if layout.is_sharded:
         shard(model, layout, device)
     guard = Guard()

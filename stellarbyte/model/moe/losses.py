@@ -67,15 +67,17 @@ def router_sums(routing: Routing, is_token_T: torch.Tensor | None) -> RouterSums
     """The sums of one layer over its tokens."""
     num_experts = routing.scores_TE.shape[1]
     probabilities_TE = routing.scores_TE / routing.scores_TE.sum(dim=1, keepdim=True).clamp(min=SMALLEST)
-    numbers_E = torch.arange(num_experts, device=probabilities_TE.device)
-    is_chosen_TKE = routing.experts_TK[:, :, None] == numbers_E
+    width = (len(probabilities_TE), num_experts + 1)
+    empty_last = torch.zeros(width, dtype=torch.float32, device=probabilities_TE.device)
+    chosen_TE = empty_last.scatter(1, routing.experts_TK, 1.0)[:, :-1]
+    gates_TE = empty_last.scatter(1, routing.experts_TK, routing.gates_TK)[:, :-1]
     squared_z_T = routing.logits_TE.logsumexp(dim=1).square()
     load_TE = _noisy_load(routing)
     counts_T1 = (torch.ones_like(squared_z_T) if is_token_T is None else is_token_T.float())[:, None]
     return RouterSums(  # not as products, which autocast would compute in bfloat16
         num_tokens=counts_T1.sum(),
-        choices_E=torch.where(is_chosen_TKE, counts_T1[:, :, None], 0).sum(dim=(0, 1)),
-        gates_E=torch.where(is_chosen_TKE, (counts_T1 * routing.gates_TK)[:, :, None], 0).sum(dim=(0, 1)),
+        choices_E=(counts_T1 * chosen_TE).sum(dim=0),
+        gates_E=(counts_T1 * gates_TE).sum(dim=0),
         probabilities_E=(counts_T1 * probabilities_TE).sum(dim=0),
         load_E=(counts_T1 * (probabilities_TE if load_TE is None else load_TE)).sum(dim=0),
         squared_z=(counts_T1[:, 0] * squared_z_T).sum(),

@@ -129,6 +129,7 @@ def best_experts(preference_TE: torch.Tensor, k: int) -> torch.Tensor:
     if k > MOST_MAXIMA:
         return preference_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     numbers_E = torch.arange(preference_TE.shape[-1], device=preference_TE.device)
+    preference_TE = preference_TE.clamp(min=torch.finfo(preference_TE.dtype).min)  # above those that are chosen
     chosen = [preference_TE.argmax(dim=-1, keepdim=True)]  # the first of equal ones
     for _ in range(k - 1):
         preference_TE = preference_TE.masked_fill(numbers_E == chosen[-1], -torch.inf)

@@ -57,7 +57,22 @@ def trained(folder: Path, data: RunData | None = None, **changes: Any) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("model", [{}, {"use_xpos": False}], ids=["xpos", "rope"])
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 40}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"use_xpos": False},
+        {
+            "use_xpos": False,
+            "max_position_embeddings": 160,
+            "rope_parameters": LONGROPE | {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8},
+        },
+    ],
+    ids=["xpos", "rope", "longrope"],
+)
 def test_a_compiled_run_compiles_its_model_once(tmp_path: Path, model: dict[str, Any]) -> None:
     data, settings = run_data(tmp_path), config(tmp_path, compile=True)
     settings = settings.model_copy(update={"model": Model.model_validate(MODEL | model)})

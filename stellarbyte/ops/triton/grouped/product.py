@@ -49,7 +49,7 @@ def grouped_linear(
     assert norm_K is None, "several rows are normed by another kernel"
     rows_product(
         x_TK, weight, out_TN, gate=gate, residual_TN=residual_TN, branch_scale_N=branch_scale_N,
-        tile=rows_tile(num_rows, num_outputs, weight.group_size, x_TK.dtype),
+        tile=rows_tile(num_rows, num_outputs, weight, x_TK.dtype),
     )  # fmt: skip
     return out_TN
 

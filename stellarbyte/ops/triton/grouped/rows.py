@@ -38,18 +38,18 @@ class RowsTile(NamedTuple):
     parts: int = 1
 
 
-def rows_tile(num_rows: int, num_outputs: int, group_size: int, dtype: torch.dtype) -> RowsTile:
+def rows_tile(num_rows: int, num_outputs: int, weight: GroupedWeight, dtype: torch.dtype) -> RowsTile:
     """Enough programs to fill the GPU, and enough codes on their way; steps of few inputs are unrolled."""
-    rows, unroll = min(128, max(8, triton.next_power_of_2(num_rows))), max(1, 128 // group_size)
+    rows, unroll = min(128, max(8, triton.next_power_of_2(num_rows))), max(1, 128 // weight.group_size)
     is_wide = dtype == torch.float32  # tiles of rows have to fit into shared memory
     if rows <= 16:
         if num_outputs < 8192:
-            split = 4 if is_wide else 8
+            split = 8 if weight.kind == "int4" and not is_wide else 4
             return RowsTile(rows, 16, split, split, 3 if is_wide else 4, min(2, unroll))
         return RowsTile(rows, 32, 4, 4, 3 if is_wide or unroll > 1 else 4, min(2, unroll))
     if rows <= 64:
         return RowsTile(rows, 64, 1, 4, 4, unroll, _parts(num_outputs // 64))
-    num_stages = 2 if is_wide else 3 if group_size == 128 else 4
+    num_stages = 2 if is_wide else 3 if weight.group_size == 128 else 4
     return RowsTile(rows, 128, 1, 8, num_stages, unroll, _parts(num_outputs // 128 * triton.cdiv(num_rows, rows)))
 
 
