@@ -46,6 +46,7 @@ def test_a_request_does_not_wait_for_a_file_that_hangs(
     with caplog.at_level(logging.INFO):
         assert run_one(engine, [1] * 40).num_cached == 16  # up to the fifth
         assert run_one(engine, [2] * 40).num_cached == 36  # from memory, meanwhile
+        engine.wait_until(lambda: not engine.offload.num_uncopied)
         engine.forget_pool()
         assert run_one(engine, [1] * 40).num_cached == 36  # what was computed is in memory now
         assert [record.message for record in caplog.records] == [
