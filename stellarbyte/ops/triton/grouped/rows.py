@@ -153,38 +153,16 @@ def _rows_kernel(
     last = tl.minimum(first + STEPS_OF_PART, NUM_STEPS)
     ups = total
     ahead = _load_scales(
-        scales,
-        zeros,
-        first,
-        s,
-        scales_n,
-        scales_inside,
-        num_outputs,
-        width,
-        SPLIT,
-        UNROLL,
-        NUM_GROUPS,
-        HAS_ZEROS,
-        READS,
-    )
+        scales, zeros, first, s, scales_n, scales_inside, num_outputs, width, SPLIT, UNROLL, NUM_GROUPS,
+        HAS_ZEROS, READS,
+    )  # fmt: skip
     wait_for_inputs(OVERLAPS)
     for i in range(first, last):
         now = ahead
         ahead = _load_scales(
-            scales,
-            zeros,
-            i + 1,
-            s,
-            scales_n,
-            scales_inside,
-            num_outputs,
-            width,
-            SPLIT,
-            UNROLL,
-            NUM_GROUPS,
-            HAS_ZEROS,
-            READS,
-        )
+            scales, zeros, i + 1, s, scales_n, scales_inside, num_outputs, width, SPLIT, UNROLL,
+            NUM_GROUPS, HAS_ZEROS, READS,
+        )  # fmt: skip
         for j in tl.static_range(UNROLL):
             g = (i * UNROLL + j) * SPLIT + s
             if SPLIT > 1:
