@@ -47,6 +47,7 @@ from stellarbyte_server.protocol.messages import (
     ReserveKey,
     StepOutput,
     Submit,
+    TotalsRead,
     UnloadAdapter,
     failure,
 )
@@ -98,7 +99,8 @@ class EngineClient:
         self._down: str | None = None  # why no engine takes messages now
         self._streams: dict[str, DeltaStream] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
-        self._waiting_for_totals: list[asyncio.Future[None]] = []
+        self._numbers = itertools.count()  # of ReadTotals
+        self._waiting_for_totals: dict[int, asyncio.Future[None]] = {}  # by the number of their ReadTotals
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
         self._tasks: list[asyncio.Task[None]] = []
@@ -136,7 +138,7 @@ class EngineClient:
         self._socket.connect(self._engine.endpoint)
         self._progress = EngineProgress()
         self.residency = AdapterResidency()
-        self._send(ReadTotals())  # known totals, even if the engine never answers again
+        self._send(ReadTotals(next(self._numbers)))  # known totals, even if the engine never answers again
         self._turned_s = time.monotonic()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context)
         self._heartbeats = Heartbeats(context, self._engine.endpoint, peer_id, turned_s=lambda: self._turned_s)
@@ -267,11 +269,12 @@ class EngineClient:
         The newest known ones if the engine does not answer soon; None if it never did.
         """
         if self._down is None:
-            heard = asyncio.get_running_loop().create_future()
-            self._waiting_for_totals.append(heard)
+            number, heard = next(self._numbers), asyncio.get_running_loop().create_future()
+            self._waiting_for_totals[number] = heard
             self.observer.flush()
-            self._send(ReadTotals())
+            self._send(ReadTotals(number))
             await asyncio.wait([heard], timeout=STATS_LIMIT_S)
+            self._waiting_for_totals.pop(number, None)
         return self.totals
 
     def _send(self, command: Command) -> None:
@@ -305,8 +308,10 @@ class EngineClient:
         elif isinstance(event, EngineTotals):
             self._progress.note(event.stats)
             self.totals = event
-            while self._waiting_for_totals:
-                resolve(self._waiting_for_totals.pop(), None)
+        elif isinstance(event, TotalsRead):
+            for number, heard in self._waiting_for_totals.items():
+                if number <= event.number:
+                    resolve(heard, None)
         elif isinstance(event, AdapterResidency):
             self.residency = event
         else:

@@ -36,6 +36,7 @@ from stellarbyte_server.protocol.messages import (
     Reply,
     StepOutput,
     Submit,
+    TotalsRead,
     UnloadAdapter,
     failure,
 )
@@ -119,7 +120,7 @@ class EngineLoop:
         self._owner: dict[str, bytes] = {}  # request id → peer
         self._usage = KeyUsage()
         self._totals = RequestTotals()
-        self._totals_wanted = False
+        self._totals_wanted: dict[bytes, int] = {}  # peer → the number of its newest ReadTotals
         self._callers: dict[str, bytes] = {}  # call id → peer
         self._loaders: dict[str, bytes] = {}  # adapter → peer that prepares a version, until it is set
         self._poller = zmq.Poller()
@@ -187,8 +188,10 @@ class EngineLoop:
                 deltas, peer.undelivered = tuple(peer.undelivered), []
                 self._send(peer_id, StepOutput(deltas, self._core.stats(), time.monotonic()))
         if self._totals_wanted:
-            self._totals_wanted = False
+            wanted, self._totals_wanted = self._totals_wanted, {}
             self._tell_totals()
+            for peer_id, number in wanted.items():
+                self._send(peer_id, TotalsRead(number))
 
     def _handle(self, peer_id: bytes, peer: _Peer, command: Command) -> None:
         if isinstance(command, Submit):
@@ -212,7 +215,7 @@ class EngineLoop:
         elif isinstance(command, HttpObservations):
             self._totals.add_observations(command)
         elif isinstance(command, ReadTotals):
-            self._totals_wanted = True  # once all commands are handled
+            self._totals_wanted[peer_id] = command.number  # answered once all commands are handled
         elif isinstance(command, KeyCommand):
             reply = self._usage.handle(command, peer_id, time.monotonic())
             if reply is not None:

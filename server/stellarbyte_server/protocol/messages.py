@@ -67,7 +67,12 @@ class HttpObservations(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ReadTotals(msgspec.Struct, frozen=True, tag=True):
-    """Answered by `EngineTotals` to all HTTP processes, so that counters never appear to decrease between processes."""
+    """Answered by `EngineTotals` to all HTTP processes, so that counters never appear to decrease between processes.
+
+    `TotalsRead` with its number follows.
+    """
+
+    number: int
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -262,6 +267,12 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step_s: Buckets
 
 
+class TotalsRead(msgspec.Struct, frozen=True, tag=True):
+    """The `EngineTotals` before it include all that the HTTP process sent before its `ReadTotals` of this number."""
+
+    number: int
+
+
 class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     """The current state of one version of an adapter."""
 
@@ -370,7 +381,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Reply = AdapterLoaded | AdapterLocated | AdapterUnloaded | AdapterList | Settled | KeyCharged | CallFailed
-Event = Accepted | Rejected | StepOutput | EngineTotals | AdapterResidency | Reply
+Event = Accepted | Rejected | StepOutput | EngineTotals | TotalsRead | AdapterResidency | Reply
 News = Accepted | Rejected | Delta  # a step's result for one request
 
 

@@ -284,7 +284,12 @@ def test_a_second_client_has_its_own_streams_and_the_same_figures_and_sees_the_e
             )
             assert [(await read(stream))[0] for (stream,) in (own, others)] == ["one" * 100, "twotwotwot"]
             await client.fresh_totals()  # what it saw of the answer is told, too
+            earlier = [
+                asyncio.create_task(client.fresh_totals()) for _ in range(20)
+            ]  # told to both: not what it waits for
+            await asyncio.sleep(0)
             totals = await second.fresh_totals()
+            await asyncio.gather(*earlier)
             assert totals == await client.fresh_totals()
             assert totals.finished == {"length": 2, "stop": 0} and totals.first_token_s.num_values == 2
             assert second.stats.generation_tokens_total == 310
