@@ -284,12 +284,7 @@ def test_a_second_client_has_its_own_streams_and_the_same_figures_and_sees_the_e
             )
             assert [(await read(stream))[0] for (stream,) in (own, others)] == ["one" * 100, "twotwotwot"]
             await client.fresh_totals()  # what it saw of the answer is told, too
-            earlier = [
-                asyncio.create_task(client.fresh_totals()) for _ in range(20)
-            ]  # told to both: not what it waits for
-            await asyncio.sleep(0)
             totals = await second.fresh_totals()
-            await asyncio.gather(*earlier)
             assert totals == await client.fresh_totals()
             assert totals.finished == {"length": 2, "stop": 0} and totals.first_token_s.num_values == 2
             assert second.stats.generation_tokens_total == 310
@@ -298,6 +293,27 @@ def test_a_second_client_has_its_own_streams_and_the_same_figures_and_sees_the_e
             attached.hear(EngineGone())
             await asyncio.wait_for(asyncio.gather(client.dead.wait(), second.dead.wait()), 2)
         finally:
+            await second.close()
+
+    with_engine(settings, use)
+
+
+def test_totals_that_another_client_asked_for_do_not_stand_for_ones_own(settings):
+    async def use(client, process):
+        second = EngineClient(AttachedEngine(client.info, process.endpoint))
+        await second.start()
+
+        async def ask_always():
+            while True:
+                await second.fresh_totals()
+
+        asking = asyncio.create_task(ask_always())
+        try:
+            for count in range(1, 201):
+                client.observer.note_rejected("timeout")
+                assert (await client.fresh_totals()).rejected == {"timeout": count}
+        finally:
+            asking.cancel()
             await second.close()
 
     with_engine(settings, use)
