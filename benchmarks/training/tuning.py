@@ -176,7 +176,7 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
             task.cancel()
         await asyncio.gather(*streams.tasks, return_exceptions=True)
     medians = {name: round(statistics.median(each[name] for each in rounds), 3) for name in growth}
-    return {"rounds": rounds, "median": medians, "job_tok_s": trained}
+    return {"rounds": rounds, "medians": medians, "job_tok_s": trained}
 
 
 def main() -> None:
@@ -192,7 +192,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, running_ours(f"{options.ours}{folder}") as url:
         figures = asyncio.run(measure(url, options))
-    print(json.dumps(figures["median"] | {"job_tok_s": figures["job_tok_s"]}, indent=1))
+    print(json.dumps(figures["medians"] | {"job_tok_s": figures["job_tok_s"]}, indent=1))
     if not options.no_record:
         shape = {name: value for name, value in vars(options).items() if name != "no_record"}
         write_result("tuning", shape | figures)
