@@ -51,12 +51,7 @@ _OTHERS = "the replicas do not fit the same requests; give --max-model-len and -
 
 
 class Replicas:
-    """The connection to all engines, on one event loop.
-
-    `info` is set once `start` has returned. It is of each engine, but `num_blocks` is the sum over all.
-    """
-
-    info: EngineInfo
+    """The connection to all engines, on one event loop."""
 
     def __init__(
         self,
@@ -94,7 +89,6 @@ class Replicas:
         keep theirs. Then `close` must be called.
         """
         infos = await self._start_clients()
-        self._note_infos()
         if not all(serves_the_same(infos[0], info) for info in infos):
             await self.close()
             raise EngineStartError(_OTHERS)
@@ -107,9 +101,11 @@ class Replicas:
         await asyncio.gather(*map(self._sync, self._records))
         return infos[0]
 
-    def _note_infos(self) -> None:
-        infos = [client.info for client in self.clients]
-        self.info = msgspec.structs.replace(infos[0], num_blocks=sum(info.num_blocks for info in infos))
+    @property
+    def info(self) -> EngineInfo:
+        """What each engine has reported, but with the blocks of all; once `start` has returned."""
+        num_blocks = sum(client.info.num_blocks for client in self.clients)
+        return msgspec.structs.replace(self.clients[0].info, num_blocks=num_blocks)
 
     async def _start_clients(self) -> list[EngineInfo]:
         starts = [asyncio.ensure_future(client.start()) for client in self.clients]
@@ -315,8 +311,6 @@ class Replicas:
         elif isinstance(news, EngineRestarted):
             record.forget()  # again: the cache may have another size
             record.note_process(news.endpoint)
-            if hasattr(self, "info"):  # all have started once; before that, `start` notes them
-                self._note_infos()
             if len(self.clients) > 1:
                 self._note_past(record)
             syncing = asyncio.create_task(self._sync(record))
