@@ -193,7 +193,10 @@ class CpuModel(ServedModel):
         keys: Floats,
         values: Floats,
     ) -> Floats:
-        forward_layers(x_TC, self.layers, self.options, batch, adapters, rotations, keys, values, self.num_threads)
+        forward_layers(
+            x_TC, self.layers, self.layers.experts, self.options, batch, adapters, rotations, keys, values,
+            self.num_threads,
+        )  # fmt: skip
         hidden_TC = np.empty_like(x_TC)
         rms_norm(x_TC, self.final_norm_C, np.float32(self.options.norm_eps), hidden_TC, self.num_threads)
         return hidden_TC

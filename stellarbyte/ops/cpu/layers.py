@@ -1,4 +1,8 @@
-"""The decoder's layers, compiled. The mathematics is that of `model/decoder.py`."""
+"""The decoder's layers, compiled. The mathematics is that of `model/decoder.py`.
+
+numba compiles the code of a function again into every function that calls it. So those between `forward_layers` and the
+kernels are inlined: each kernel is compiled for itself and once more into `forward_layers`.
+"""
 
 from typing import NamedTuple
 
@@ -44,13 +48,13 @@ class LayerOptions(NamedTuple):
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    activation: int
+    activation: np.int64
     sink_tokens: int
     softcap: float  # of scores; 0: none
     norm_eps: float
     alpha: float  # DeepNorm's factor of the residual stream; 0: no DeepNorm
     is_parallel: bool  # attention and MLP read one norm
-    arithmetic: int  # of `linear`
+    arithmetic: np.int64  # of `linear`
 
 
 class Buffers(NamedTuple):
@@ -66,8 +70,11 @@ class Buffers(NamedTuple):
 
 
 @njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def forward_layers(x, weights, options, batch, adapters, rotations, keys, values, num_threads):
-    """Run all layers on x [T, C] in place, writing and reading the cache's keys and values [L, B, S, K, D]."""
+def forward_layers(x, weights, experts, options, batch, adapters, rotations, keys, values, num_threads):
+    """Run all layers on x [T, C] in place, writing and reading the cache's keys and values [L, B, S, K, D].
+
+    `experts`: the weights' own, an argument so that numba compiles nothing of them where they are None.
+    """
     eps, alpha = np.float32(options.norm_eps), np.float32(options.alpha)
     buffers = _buffers(x, weights, options, adapters)
     normed, branch, other = np.empty_like(x), np.empty_like(x), np.empty_like(x)
@@ -78,7 +85,7 @@ def forward_layers(x, weights, options, batch, adapters, rotations, keys, values
         rotation = Rotations(
             rotations.cos_OD[kind], rotations.sin_OD[kind], rotations.decay_OD[kind], rotations.query_gain_D[kind]
         )
-        attention(
+        _attention(
             source, layer, weights, options, batch, adapters, rotation, keys[layer], values[layer], buffers, branch,
             num_threads,
         )  # fmt: skip
@@ -86,14 +93,14 @@ def forward_layers(x, weights, options, batch, adapters, rotations, keys, values
             add_branch(x, branch, norm, eps, alpha, num_threads)
             norm = weights.mlp_norm_LC[layer]
             source = _branch_input(x, norm, eps, alpha, normed, num_threads)
-        mlp(source, layer, weights, weights.experts, options, adapters, buffers, other, num_threads)
+        _mlp(source, layer, weights, experts, options, adapters, buffers, other, num_threads)
         if options.is_parallel:
             other += branch
         add_branch(x, other, norm, eps, alpha, num_threads)
 
 
-@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def attention(x, layer, weights, options, batch, adapters, rotations, keys, values, buffers, out, num_threads):
+@njit(inline="always")
+def _attention(x, layer, weights, options, batch, adapters, rotations, keys, values, buffers, out, num_threads):
     """out [T, C] = the attention branch of a layer for its input x, writing the step's keys and values [B, S, K, D]."""
     shape, qkv, attended = (options.num_heads, options.num_kv_heads, options.head_dim), buffers.qkv, buffers.attended
     _project(
@@ -122,22 +129,17 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
     finish_branch(out, weights.attention_output_norm_LC[layer], weights.attention_scale_LC[layer], options, num_threads)
 
 
-@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def mlp(x, layer, weights, experts, options, adapters, buffers, out, num_threads):
-    """out [T, C] = the MLP branch of a layer for its input x.
-
-    `experts`: the weights' own, an argument so that numba compiles nothing of them where they are None.
-    """
-    if experts is None:
-        _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads)
-    elif experts.places_L[layer] < 0:
+@njit(inline="always")
+def _mlp(x, layer, weights, experts, options, adapters, buffers, out, num_threads):
+    """out [T, C] = the MLP branch of a layer for its input x."""
+    if experts is None or experts.places_L[layer] < 0:
         _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads)
     else:
         mixture(x, layer, experts, options.activation, options.arithmetic, buffers.experts, out, num_threads)
     finish_branch(out, weights.mlp_output_norm_LC[layer], weights.mlp_scale_LC[layer], options, num_threads)
 
 
-@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
+@njit(inline="always")
 def _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads):
     inner, arithmetic = buffers.inner, options.arithmetic
     _project(

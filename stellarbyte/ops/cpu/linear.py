@@ -42,10 +42,11 @@ INT4_GROUP = 32
 
 # How products are computed. PLAIN: as fast as float32 sums allow. INVARIANT: a row of x has the same product, bit for
 # bit, whatever the other rows are and how many. TILED: many tokens by the matrix unit, see `ops.cpu.tiles`.
-PLAIN, INVARIANT, TILED = range(3)
+# NumPy's integers, here and below: numba compiles a kernel again for each int that another kernel names in a call.
+PLAIN, INVARIANT, TILED = (np.int64(number) for number in range(3))
 MIN_TILED_TOKENS = 32  # below, splitting the panels costs more than the products
 
-NO_ACTIVATION, SILU, GELU, GELU_TANH = range(4)
+NO_ACTIVATION, SILU, GELU, GELU_TANH = (np.int64(number) for number in range(4))
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
 _COLUMNS_AT_ONCE = 4

@@ -73,7 +73,7 @@ def make_expert_buffers(x, experts):
     )
 
 
-@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
+@njit(inline="always", fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def mixture(x, layer, experts, activation, arithmetic, buffers, out, num_threads):
     """out [T, C] = Σ gate · expert(x) over each token's chosen experts, plus the shared expert's output.
 
@@ -93,21 +93,27 @@ def mixture(x, layer, experts, activation, arithmetic, buffers, out, num_threads
     expert_linear(buffers.inner_NI, experts.down, first, pairs, out, NO_ACTIVATION, arithmetic, num_threads)
 
 
-# NumPy's error model, or a gate of NaN would raise ZeroDivisionError: fast arithmetic treats NaN as 0.
-@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED, error_model="numpy")
+@njit(inline="always")
 def _shared_expert(x, layer, experts, activation, arithmetic, buffers, out, num_threads):
     """out = the shared expert's output; its gate multiplies the fewer numbers before the last product."""
-    inner, logits = buffers.shared_inner_TS, buffers.pairs.logits_TE
+    inner = buffers.shared_inner_TS
     nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     gate_up, down = experts.shared_gate_up, experts.shared_down
     place = gate_up.places_L[layer]
     weight = gate_up.weights[place], gate_up.scales[place], gate_up.minima[place]
     linear(x, weight, nothing, no_addend, inner, activation, arithmetic, num_threads)
     if experts.has_shared_gate:
-        for t in range(len(x)):
-            inner[t] *= np.float32(1.0) / (np.float32(1.0) + exp(-logits[t, experts.routers.num_experts]))
+        _multiply_by_gates(inner, buffers.pairs.logits_TE, experts.routers.num_experts)
     weight = down.weights[place], down.scales[place], down.minima[place]
     linear(inner, weight, nothing, no_addend, out, NO_ACTIVATION, arithmetic, num_threads)
+
+
+# NumPy's error model, or a gate of NaN would raise ZeroDivisionError: fast arithmetic treats NaN as 0.
+@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED, error_model="numpy")
+def _multiply_by_gates(inner, logits, column):
+    """inner[t] *= sigmoid(logits[t, column])"""
+    for t in range(len(inner)):
+        inner[t] *= np.float32(1.0) / (np.float32(1.0) + exp(-logits[t, column]))
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)

@@ -11,7 +11,7 @@ from numba import njit, prange
 from stellarbyte.ops.cpu import KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers
 from stellarbyte.ops.cpu.instructions import exp
-from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
+from stellarbyte.ops.cpu.linear import INVARIANT, NO_ACTIVATION, linear
 
 # T tokens, E experts, K chosen experts of a token, N = T · K pairs, M layers with experts, P panels of R rows
 
@@ -61,7 +61,7 @@ def route(x, place, routers, pairs, num_threads):
     """Choose the experts of each row of x [T, C] by router number `place`, and sort the pairs."""
     nothing, no_addend = np.zeros((1, 0, 1), np.float32), np.zeros((0, 0), np.float32)
     weight = routers.weights_MPCR[place], nothing, nothing
-    linear(x, weight, routers.bias_MN[place], no_addend, pairs.logits_TE, NO_ACTIVATION, True, num_threads)
+    linear(x, weight, routers.bias_MN[place], no_addend, pairs.logits_TE, NO_ACTIVATION, INVARIANT, num_threads)
     selection_bias = routers.selection_bias_ME[place]
     if len(x) > _FEW_ROWS:
         _choose_parallel(selection_bias, routers, pairs, num_threads)

@@ -9,7 +9,7 @@ import torch
 from stellarbyte import ByteTransformer
 from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, pack_adapter
-from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
+from stellarbyte.ops.cpu.linear import NO_ACTIVATION, PLAIN, linear
 from stellarbyte.ops.cpu.packing import pack
 from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -204,7 +204,7 @@ def as_multiplied(weight: torch.Tensor, quantization: str) -> torch.Tensor:
     out = np.zeros((columns, rows), np.float32)
     nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     packed = pack(weight.detach().numpy(), quantization)
-    linear(np.eye(columns, dtype=np.float32), tuple(packed), nothing, no_addend, out, NO_ACTIVATION, False, 2)
+    linear(np.eye(columns, dtype=np.float32), tuple(packed), nothing, no_addend, out, NO_ACTIVATION, PLAIN, 2)
     return torch.from_numpy(out.T.copy())
 
 
