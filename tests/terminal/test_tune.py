@@ -85,7 +85,7 @@ def test_examples_become_a_model_that_is_live_and_can_be_taken_back(
 ) -> None:
     validation = tmp_path / "validation.jsonl"
     validation.write_bytes(chats(3))
-    hyperparameters = ("--epochs", "20", "--batch-size", "1", "--learning-rate-multiplier", "2", "--seed", "7")
+    hyperparameters = ("--epochs", "40", "--batch-size", "2", "--learning-rate-multiplier", "1", "--seed", "7")
     given = ("--validation", str(validation), "--exact-match", "--suffix", "sailor", "--publish", "pirate")
     start = (examples, *given, *hyperparameters, "--url", server.url, *ADMIN)
     with Terminal("tune", *start, home=tmp_path, rows=40) as terminal:

@@ -131,3 +131,13 @@ def make_model(seed: int = 0, **overrides: Any) -> ByteTransformer:
 
 def random_tokens(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(VOCABULARY), k=length)
+
+
+@torch.no_grad()
+def assert_same(loaded: ByteTransformer, model: ByteTransformer, tokens: torch.Tensor) -> None:
+    """The same weights, bit for bit. Of the logits the last bits may differ: a product of a matrix depends on where in
+    memory the matrix begins."""
+    weights, expected = loaded.state_dict(), model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
