@@ -44,7 +44,7 @@ function fakeServer(answer, { key = "" } = {}) {
     requests.push({ url: String(url), ...init });
     return typeof answer === "function" ? answer(init) : answer;
   };
-  return { server: new Server("http://h.example/root/", () => key, fetcher), requests };
+  return { server: new Server("http://h.example/base/", () => key, fetcher), requests };
 }
 
 const stream = (text) => new Response(text, { headers: { "Content-Type": "text/event-stream" } });
@@ -59,7 +59,7 @@ test("a chat is streamed to its end, with the key, below the path that the page 
   );
   assert.deepEqual(await all(chat(server)), [chunk("a"), chunk("b")]);
   const [request] = requests;
-  assert.equal(request.url, "http://h.example/root/v1/chat/completions");
+  assert.equal(request.url, "http://h.example/base/v1/chat/completions");
   assert.equal(request.method, "POST");
   assert.equal(request.headers["Authorization"], "Bearer secret");
   assert.equal(request.credentials, "omit");

@@ -44,7 +44,7 @@ def test_examples_become_a_model(server: ServerProcess) -> None:
         suffix="sailor",
         seed=7,
         metadata={"team": "sea"},
-        method=method(n_epochs=20, batch_size=4, learning_rate_multiplier=3.0),
+        method=method(n_epochs=20, batch_size=4, learning_rate_multiplier=0.8),
     )
     assert made.status == "validating_files" and made.method.type == "supervised" and made.seed == 7
     wait(ann, made.id, "running", "succeeded")
@@ -74,6 +74,8 @@ def test_examples_become_a_model(server: ServerProcess) -> None:
 
     rows = list(csv.DictReader(io.StringIO(ann.files.content(job.result_files[0]).text)))
     assert [int(row["step"]) for row in rows] == list(range(61))
+    highest = max(float(row["learning_rate"] or 0) for row in rows)
+    assert highest == pytest.approx(0.8 * 5e-4 * (2000 / 48) ** 0.781)  # of the model's width
     assert float(rows[0]["valid_loss"]) == losses["base_valid"] and float(rows[60]["train_loss"]) == losses["train"]
     assert ann.files.retrieve(job.result_files[0]).purpose == "fine-tune-results"
 
@@ -164,7 +166,7 @@ def test_results_become_versions_of_a_name(server: ServerProcess) -> None:
             training_file=upload(admin, json_lines([chat(f"q{number}?", said) for number in range(4)])),
             validation_file=validation,
             seed=7,
-            method=method(n_epochs=40, batch_size=4, learning_rate_multiplier=3.0),
+            method=method(n_epochs=40, batch_size=4, learning_rate_multiplier=0.8),
             extra_body=asked,
         )
         trained.append(wait(admin, made.id, "succeeded"))

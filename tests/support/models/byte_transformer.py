@@ -134,7 +134,7 @@ def random_tokens(length: int, seed: int = 0) -> list[int]:
 
 
 @torch.no_grad()
-def assert_same(loaded: ByteTransformer, model: ByteTransformer, tokens: torch.Tensor) -> None:
+def assert_same_model(loaded: ByteTransformer, model: ByteTransformer, tokens: torch.Tensor) -> None:
     """The same weights, bit for bit. Of the logits the last bits may differ: a product of a matrix depends on where in
     memory the matrix begins."""
     weights, expected = loaded.state_dict(), model.state_dict()

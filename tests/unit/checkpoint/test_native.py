@@ -14,7 +14,7 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config, load_model, open_checkpoint
 from stellarbyte.checkpoint.shapes import expected_shapes
-from tests.support.models.byte_transformer import assert_same, make_config, make_model
+from tests.support.models.byte_transformer import assert_same_model, make_config, make_model
 from tests.support.models.hugging_face import tiny_qwen2
 
 CONFIGS: list[dict[str, Any]] = [
@@ -35,7 +35,7 @@ def test_saved_models_load_whole(overrides: dict[str, Any], tmp_path: Path):
     assert list(open_checkpoint(tmp_path).tensors.keys() ^ expected_shapes(make_config(**overrides)).keys()) == []
     loaded = load_model(tmp_path)
     tokens = torch.arange(20)[None]
-    assert_same(loaded, model, tokens)
+    assert_same_model(loaded, model, tokens)
     assert not loaded.training
     assert not any(parameter.is_meta for parameter in loaded.parameters())
 

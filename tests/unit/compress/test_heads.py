@@ -15,7 +15,7 @@ from stellarbyte.compress import head_importance, heads_to_keep, prune_heads
 from stellarbyte.lora import apply_lora_to_model
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine
 from tests.support.models import oracle
-from tests.support.models.byte_transformer import EXPERTS, W, assert_same, make_config, make_model, random_tokens
+from tests.support.models.byte_transformer import EXPERTS, W, assert_same_model, make_config, make_model, random_tokens
 from tests.support.models.hugging_face import tiny_llama
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -110,7 +110,7 @@ def test_a_ratio_of_0_gives_the_same_bits_in_memory_of_its_own(name: str) -> Non
     model = make_model(**MODELS[name])
     same = prune_heads(model, heads_to_keep(torch.rand(3, 4), model.config, 0))
     tokens = torch.tensor([random_tokens(2 * W)])
-    assert_same(same, model, tokens)
+    assert_same_model(same, model, tokens)
     assert same.config.to_dict() == model.config.to_dict()
     before = model(tokens).logits
     for parameter in same.parameters():

@@ -13,7 +13,7 @@ from tests.support.models.byte_transformer import (
     VARIANTS,
     VOCABULARY,
     W,
-    assert_same,
+    assert_same_model,
     make_config,
     make_model,
     random_tokens,
@@ -156,7 +156,7 @@ def test_save_and_load_round_trip(variant: str, tmp_path) -> None:
     tokens = torch.tensor([random_tokens(30)])
     for loaded in (ByteTransformer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         assert type(loaded) is ByteTransformer
-        assert_same(loaded, model, tokens)
+        assert_same_model(loaded, model, tokens)
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
 
 
@@ -170,7 +170,7 @@ def test_learnable_xpos_starts_at_the_papers_decay_trains_and_survives_loading(t
     with torch.no_grad():
         learnable.model.rotary.raw_decay.add_(0.5)
     learnable.save_pretrained(tmp_path)
-    assert_same(ByteTransformer.from_pretrained(tmp_path), learnable, tokens)
+    assert_same_model(ByteTransformer.from_pretrained(tmp_path), learnable, tokens)
 
 
 def enable_gradient_checkpointing(model: ByteTransformer) -> None:

@@ -241,7 +241,7 @@ def test_a_job_is_started_and_cancelled_by_keyboard(open_page: OpenPage, tuned: 
     page.keyboard.press("Enter")
     expect(page.locator("#job .job-state b")).to_have_text(re.compile("^ft:tiny:pirate:"))
     page.get_by_label("Your question").fill("q1?")
-    reached: list[str] = []  # those without an id are buttons of the history, if the first test published
+    reached: list[str] = []  # without an id: the history, if a test published one
     while reached[-1:] != ["admin-key"] and len(reached) < 20:
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
