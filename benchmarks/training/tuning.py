@@ -2,17 +2,22 @@
 
     python -m benchmarks.training.tuning                    4 streams of the demo model, 20 rounds
     python -m benchmarks.training.tuning --streams 8
+    python -m benchmarks.training.tuning --shape 8b --tokenizer FOLDER --streams 64     on a GPU
 
-Starts our server with --fine-tuning cpu, uploads chats of a given length and starts a job. Once it has made a step,
+Starts our server with --fine-tuning, uploads chats of a given length and starts a job. Once it has made a step,
 streams begin. Each round measures a time without the job (its process stopped by a signal) and one with it, in turn
 this one first; ratios are within a round, and the result is their median. The target: gaps grow by at most 20%.
+
+A shape of benchmarks.gpu has random weights and the vocabulary of the tokenizer; server and job share the GPU.
 """
 
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
+import shlex
 import signal
 import statistics
 import tempfile
@@ -22,11 +27,16 @@ from typing import Any
 
 import httpx
 
+from benchmarks.gpu.workloads import SHAPES, Shape, write_config
 from benchmarks.prompt_beside_streams import Stream
 from benchmarks.serve import running_ours
 from benchmarks.support.record import write_result
 
-OURS = "python -m stellarbyte_server --port {port} --log-level warning --fine-tuning cpu --data-dir "
+OURS = "python -m stellarbyte_server --port {port} --log-level warning --fine-tuning cpu"
+ON_GPU = (
+    "python -m stellarbyte_server --port {port} --log-level warning --fine-tuning cuda --device cuda --dtype bfloat16"
+    " --max-model-len 2048 --gpu-memory-utilization 0.4 --max-num-seqs "
+)
 LIMIT_S = 600.0  # for a job to begin or to end
 SETTLE_S = 0.5
 JOB = "/v1/fine_tuning/jobs"
@@ -47,6 +57,19 @@ def chats(number: int, words: int) -> bytes:
         + b"\n"
         for index in range(number)
     )
+
+
+def write_model(shape: Shape, tokenizer: Path, folder: Path) -> None:
+    """A model folder with random bfloat16 weights, drawn on the GPU, if there is one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    write_config(dataclasses.replace(shape, vocab_size=len(words)), folder, for_transformers=True)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
 
 
 def trainers() -> list[int]:
@@ -181,7 +204,9 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ours", default=OURS, help=f"command of the server, to which a folder is added ({OURS})")
+    parser.add_argument("--ours", help=f"command of the server, to which --data-dir is added (default: {OURS})")
+    parser.add_argument("--shape", choices=SHAPES, help="a model with random weights on the GPU")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with the tokenizer for --shape")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--stream-tokens", type=int, default=200, help="of each answer; another one follows it")
     parser.add_argument("--rounds", type=int, default=20)
@@ -190,11 +215,19 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=100, help="of each example's answer")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, running_ours(f"{options.ours}{folder}") as url:
+    if (options.shape is None) != (options.tokenizer is None):
+        parser.error("--shape and --tokenizer need each other")
+    options.ours = options.ours or (OURS if options.shape is None else f"{ON_GPU}{options.streams}")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        command = options.ours
+        if options.shape is not None:
+            write_model(SHAPES[options.shape], options.tokenizer, Path(folder) / "model")
+            command += f" --model {shlex.quote(folder)}/model"
+        url = stack.enter_context(running_ours(f"{command} --data-dir {shlex.quote(folder)}/data"))
         figures = asyncio.run(measure(url, options))
     print(json.dumps(figures["medians"] | {"job_tok_s": figures["job_tok_s"]}, indent=1))
     if not options.no_record:
-        shape = {name: value for name, value in vars(options).items() if name != "no_record"}
+        shape = {name: value for name, value in vars(options).items() if name not in ("no_record", "tokenizer")}
         write_result("tuning", shape | figures)
 
 

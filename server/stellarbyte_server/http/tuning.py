@@ -79,6 +79,7 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
         publish=publish,
         live=live,
         is_open=lambda: client.is_admitting and client.health() is None,
+        is_busy=lambda: any(each.num_requests for each in client.clients),
         max_tokens=max_tokens,
     )
     runner = TuningRunner(service.tuning, service.storage.folder, service.storage.files, plan_of(service), server)

@@ -60,6 +60,7 @@ class Server:
     publish: Publish
     live: Live
     is_open: Callable[[], bool]  # whether the engine takes adapters now
+    is_busy: Callable[[], bool]  # whether requests run or wait
     max_tokens: Callable[[str], int | None]  # of a job of this owner; LookupError: its key no longer exists
 
 
@@ -235,8 +236,12 @@ class TuningRunner:
         worker = await Worker.start(settings, self._command)
         progress = Progress(job)
         reading = asyncio.create_task(self._read(worker, progress))
+        was_busy = False
         try:
             while not reading.done():
+                if (is_busy := self._server.is_busy()) != was_busy:
+                    worker.tell(is_busy=is_busy)
+                    was_busy = is_busy
                 await asyncio.wait({reading}, timeout=LOOK_S)
                 now = await asyncio.to_thread(self._note, job, progress)
                 if now is None or now.status == "cancelled":

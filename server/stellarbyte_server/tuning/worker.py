@@ -92,6 +92,12 @@ class Worker:
         line = await self.process.stdout.readline()
         return msgspec.json.decode(line, type=Message) if line.endswith(b"\n") else None
 
+    def tell(self, *, is_busy: bool) -> None:
+        """Whether requests run, to which a job on the same GPU gives way."""
+        assert self.process.stdin is not None
+        if not self.process.stdin.is_closing():
+            self.process.stdin.write(b"busy\n" if is_busy else b"idle\n")
+
     def save_and_end(self) -> None:
         """Finish the step and save."""
         self._signal(signal.SIGTERM)

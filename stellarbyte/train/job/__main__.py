@@ -3,8 +3,9 @@
 It reads its settings (`Job`) as one line of JSON from stdin and writes messages as lines of JSON to stdout: `plan`,
 `begun`, `step`, `evaluation`, `saved`, `epoch`, `warning`, `compared`, and at its end one of `finished`, `stopped`
 (SIGTERM: the step is finished and saved) and `refused` (about data, memory or run; with one sentence). With `only_plan`
-it ends after the plan, or after the refusal of it. It ends when stdin is closed, and another process with the same
-settings continues from the last checkpoint, bit for bit.
+it ends after the plan, or after the refusal of it. Later lines of stdin are `busy` and `idle`: whether requests run on
+the server's GPU (`Pace`). It ends when stdin is closed, and another process with the same settings continues from the
+last checkpoint, bit for bit.
 """
 
 import contextlib
@@ -18,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.lora.peft_format import WEIGHTS_FILE
+from stellarbyte.train.callbacks.pace import Pace
 from stellarbyte.train.callbacks.report import Messages, Progress
 from stellarbyte.train.config.run import LoraRun
 from stellarbyte.train.errors import TrainError
@@ -52,12 +55,14 @@ def main() -> int:
     line = sys.stdin.buffer.readline()
     if not line:
         return 0  # the parent ended first
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    idle = threading.Event()
+    idle.set()
+    threading.Thread(target=_follow_stdin, args=(idle,), daemon=True).start()
     job = Job.model_validate_json(line)
     give_way(job)
     if job.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    run(job, messages)
+    run(job, messages, idle)
     return 0
 
 
@@ -73,10 +78,10 @@ def give_way(job: Job) -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def run(job: Job, messages: Messages) -> None:
-    """Train, and report the end in any case but a fault of this program."""
+def run(job: Job, messages: Messages, idle: threading.Event) -> None:
+    """Train, and report the end in any case but a fault of this program. `idle` is that of `Pace`."""
     try:
-        _run(job, messages)
+        _run(job, messages, idle)
     except Refused as error:
         messages.send("refused", about=error.about, message=str(error))
     except (TrainError, CheckpointError, OSError) as error:
@@ -87,7 +92,7 @@ def run(job: Job, messages: Messages) -> None:
         messages.send("refused", about="memory", message="The training needs more memory than it may use.")
 
 
-def _run(job: Job, messages: Messages) -> None:
+def _run(job: Job, messages: Messages, idle: threading.Event) -> None:
     torch.set_num_threads(job.threads)
     memory = _allowed_memory(job)
     try:
@@ -116,9 +121,11 @@ def _run(job: Job, messages: Messages) -> None:
         return
     data = rows_of_chats(run, tokenizer, chats)
     epochs = [-(-epoch * len(lengths) // batch) for epoch in range(1, job.epochs + 1)]
-    progress = Progress(messages, job.folder, tokens, epochs, KEPT_EPOCHS)
+    callbacks: list[TrainerCallback] = [Progress(messages, job.folder, tokens, epochs, KEPT_EPOCHS)]
+    if job.device == "cuda":
+        callbacks.append(Pace(idle))
     _bound_memory(job, memory)
-    _train(job, run, data, progress, messages)
+    _train(job, run, data, callbacks, messages)
 
 
 def _bytes_of_previous(job: Job) -> int:
@@ -138,7 +145,7 @@ def _checked_steps(job: Job, lengths: np.ndarray) -> int:
     return num_steps
 
 
-def _train(job: Job, run: LoraRun, data: RunData, progress: Progress, messages: Messages) -> None:
+def _train(job: Job, run: LoraRun, data: RunData, callbacks: list[TrainerCallback], messages: Messages) -> None:
     comparison = Comparison(messages=messages, previous=job.previous, has_exact_match="exact_match" in job.evaluate)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         outcome = train(
@@ -147,7 +154,7 @@ def _train(job: Job, run: LoraRun, data: RunData, progress: Progress, messages: 
             data,
             resume=True,
             console=Console(file=nowhere),
-            callbacks=[progress],
+            callbacks=callbacks,
             compare=comparison if job.previous is not None or job.evaluate else None,
         )
     if outcome.folder is None:
@@ -208,9 +215,12 @@ def _without_paths(message: str, job: Job) -> str:
     return message.replace(f"{job.folder}/run/", "").replace(f"{job.folder}/", "")
 
 
-def _end_with_stdin() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
+def _follow_stdin(idle: threading.Event) -> None:
+    for line in sys.stdin.buffer:
+        if line == b"busy\n":
+            idle.clear()
+        elif line == b"idle\n":
+            idle.set()
     os._exit(1)
 
 

@@ -13,7 +13,7 @@ from stellarbyte.train.config.run import ChatData, LoraRun, Model
 from stellarbyte.train.config.yaml_file import Section
 
 MAX_STEPS = 100_000
-_FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}  # of one forward, if one chat is not longer
+_FORWARD_TOKENS = 2048  # of one forward, if one chat is not longer
 
 
 class Job(Section):
@@ -84,7 +84,7 @@ class Job(Section):
                 "lora": {"r": self.rank, "alpha": 2 * self.rank},
                 "train": {
                     "batch_tokens": batch * longest,
-                    "micro_batch": micro_batch(batch, longest, self.device),
+                    "micro_batch": micro_batch(batch, longest),
                     "epochs": self.epochs,
                     "lr": self.learning_rate_multiplier * learning_rate(config),
                     "schedule": "linear",
@@ -105,9 +105,9 @@ def learning_rate(config: ByteModelConfig) -> float:
     return float(5e-5 * 10 * (2000 / config.hidden_size) ** 0.781)
 
 
-def micro_batch(batch: int, longest: int, device: str) -> int:
+def micro_batch(batch: int, longest: int) -> int:
     """Chats of one forward: a divisor of the batch."""
-    most = max(1, _FORWARD_TOKENS[device] // longest)
+    most = max(1, _FORWARD_TOKENS // longest)
     return max(number for number in range(1, min(batch, most) + 1) if batch % number == 0)
 
 

@@ -44,6 +44,7 @@ class Place:
         self.store = TuningStore.open(str(folder / "data"))
         self.loaded: dict[str, str] = {}
         self.load_error: Exception | None = None
+        self.is_busy = False
         self.when_loaded: Callable[[str], None] = lambda _: None
         self.published: list[tuple[str, str, str]] = []  # job, name and folder
         self.live: tuple[Path, int] | None = None  # of any name
@@ -142,6 +143,7 @@ class Place:
                 publish=publish,
                 live=lambda _: self.live,
                 is_open=lambda: True,
+                is_busy=lambda: self.is_busy,
                 max_tokens=max_tokens,
             )
             command = (sys.executable, "-m", "tests.support.tuning.scripted_trainer", str(self.folder))

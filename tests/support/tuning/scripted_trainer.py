@@ -2,7 +2,7 @@
 
 FOLDER/script.json decides what happens: {"steps": 6, "pause_s": 0.01, "die_at": [steps], "refuse": [about, message]}.
 Each start adds a line to FOLDER/starts, and tells the steps before it again. A process dies at a step of `die_at` once.
-Every second step is saved.
+Every second step is saved. What stdin has after the settings is added to FOLDER/heard.
 """
 
 import json
@@ -32,9 +32,10 @@ def tell(step: int) -> None:
         send("evaluation", step=step, valid_loss=9.0 - step)
 
 
-def end_with_stdin() -> None:
-    while os.read(0, 1):
-        pass
+def follow_stdin() -> None:
+    while heard := os.read(0, 100):
+        with (folder / "heard").open("ab") as file:
+            file.write(heard)
     os._exit(1)
 
 
@@ -51,7 +52,7 @@ def dies_at(step: int) -> bool:
 
 
 signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-threading.Thread(target=end_with_stdin, daemon=True).start()
+threading.Thread(target=follow_stdin, daemon=True).start()
 start = int((run / "step").read_text()) if (run / "step").exists() else 0
 with (folder / "starts").open("a") as file:
     file.write(f"{start} {os.getpid()}\n")

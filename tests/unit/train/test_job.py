@@ -64,7 +64,7 @@ def settings(model: Path, folder: Path, content: bytes | None = None, **fields: 
 def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a job in this process."""
     file = io.BytesIO()
-    run_job(Job(**job), Messages(file))
+    run_job(Job(**job), Messages(file), threading.Event())
     return [json.loads(line) for line in file.getvalue().splitlines()]
 
 
@@ -249,4 +249,4 @@ def test_memory_is_counted_from_the_shapes(model: Path, tmp_path: Path) -> None:
     assert planned.train.micro_batch == 4
     assert needed_memory(planned, config) == 4 * weights + 16 * trained + 4 * kept
     assert learning_rate(config) == pytest.approx(5e-4 * (2000 / 48) ** 0.781)
-    assert [micro_batch(12, longest, "cpu") for longest in (100, 300, 600, 5000)] == [12, 6, 3, 1]
+    assert [micro_batch(12, longest) for longest in (100, 300, 600, 5000)] == [12, 6, 3, 1]

@@ -58,6 +58,21 @@ def test_a_job_becomes_a_model_with_its_figures(place: Place) -> None:
     assert list((place.folder / "data" / "work").iterdir()) == []
 
 
+def test_a_process_is_told_when_requests_begin_and_when_there_are_none(place: Place) -> None:
+    place.script(pause_s=1000.0)
+    heard = place.folder / "heard"
+    place.job()
+
+    async def act() -> None:
+        await place.until(lambda: place.starts() != [])
+        assert not heard.exists()
+        for is_busy, lines in ((True, "busy\n"), (False, "busy\nidle\n"), (True, "busy\nidle\nbusy\n")):
+            place.is_busy = is_busy
+            await place.until(lambda lines=lines: heard.exists() and heard.read_text() == lines)
+
+    place.run(act)
+
+
 def test_a_process_gets_what_the_job_and_its_key_say(place: Place) -> None:
     (job,) = place.run_to_end(place.job())
     folder = place.store.of_job(job.id)
