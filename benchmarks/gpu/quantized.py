@@ -31,7 +31,7 @@ from stellarbyte.ops.triton.gates import GATES, apply_gate
 from stellarbyte.ops.triton.grouped.product import dequantize
 from stellarbyte.ops.triton.grouped.rows import RowsTile, rows_product, rows_tile
 from stellarbyte.ops.triton.grouped.vector import VectorTile, vector_product
-from stellarbyte.ops.triton.grouped.weights import SLAB, GroupedWeight
+from stellarbyte.ops.triton.grouped.weights import SLAB, GroupedWeight, packed_groups
 from stellarbyte.ops.triton.linear import linear
 from stellarbyte.ops.triton.norm import add_norm
 from stellarbyte.ops.triton.weights import Weight
@@ -49,17 +49,20 @@ VECTOR_8_BITS = [
 ]  # fmt: skip
 ROWS_8_BITS = [(16, 256, 4), (32, 256, 4), (32, 128, 4), (64, 128, 4), (64, 256, 4), (16, 512, 4), (32, 256, 8)]
 VECTOR_4_BITS = [
-    (8, 1, 64, 4), (4, 2, 64, 4), (4, 1, 64, 4), (8, 1, 32, 2), (8, 1, 32, 4), (16, 1, 32, 4), (8, 2, 64, 8),
-    (8, 2, 32, 4),
+    (8, 1, 32, 4), (4, 2, 32, 4), (4, 1, 32, 4), (8, 1, 16, 2), (8, 1, 16, 4), (16, 1, 16, 4), (8, 2, 32, 8),
+    (4, 1, 16, 2),
 ]  # fmt: skip
-FEW_4_BITS = [  # outputs, groups at once, warps, stages, turns of a step; rows as many as there are
-    (32, 4, 4, 4, 1), (32, 4, 4, 3, 2), (32, 4, 4, 4, 4), (32, 8, 8, 4, 1), (32, 8, 8, 3, 2), (16, 8, 8, 4, 1),
-    (16, 8, 8, 4, 2), (16, 4, 4, 4, 1), (16, 4, 4, 4, 4), (32, 4, 4, 4, 1, 2), (32, 4, 4, 3, 2, 2),
+FEW_4_BITS = [  # outputs, slabs at once, warps, stages, turns of a step, parts of the inputs; rows as many as there are
+    (32, 4, 4, 3, 2), (32, 4, 4, 4, 1), (32, 4, 4, 4, 2), (32, 8, 8, 3, 1), (32, 2, 2, 4, 2), (16, 4, 4, 3, 2),
+    (16, 4, 4, 4, 2), (16, 8, 8, 3, 2), (16, 8, 8, 4, 1), (64, 4, 4, 3, 1), (64, 2, 4, 3, 2), (32, 4, 4, 3, 2, 2),
+    (32, 2, 2, 4, 2, 2), (32, 2, 2, 4, 2, 4),
 ]  # fmt: skip
-MANY_4_BITS = [  # rows, outputs, groups at once, warps, stages, turns of a step, parts of the inputs
-    (64, 64, 1, 4, 4, 4, 1), (64, 64, 1, 4, 4, 1, 1), (64, 64, 1, 4, 4, 4, 2), (64, 64, 1, 4, 4, 1, 2),
-    (64, 64, 1, 4, 4, 4, 4), (64, 64, 1, 4, 4, 1, 4), (64, 64, 1, 4, 3, 2, 4), (64, 128, 1, 8, 3, 1, 4),
-    (64, 128, 1, 8, 3, 4, 4), (64, 128, 1, 8, 3, 1, 1), (32, 64, 1, 4, 4, 4, 2), (128, 128, 1, 8, 3, 1, 2),
+MANY_4_BITS = [  # rows, outputs, slabs at once, warps, stages, turns of a step, parts of the inputs, scales first
+    (64, 64, 1, 4, 3, 2, 1, True), (64, 64, 1, 4, 3, 2, 2, True), (64, 64, 1, 4, 4, 2, 2, True),
+    (64, 64, 1, 4, 4, 1, 2, True), (64, 64, 1, 4, 3, 2, 2, False), (64, 64, 1, 4, 3, 2, 4, True),
+    (64, 128, 1, 4, 3, 2, 1, True), (64, 128, 1, 8, 3, 2, 1, True), (64, 128, 1, 8, 3, 2, 2, True),
+    (64, 128, 1, 8, 4, 1, 2, True), (64, 128, 1, 4, 3, 2, 4, True), (64, 128, 1, 8, 3, 2, 4, True),
+    (32, 64, 1, 4, 3, 2, 2, True), (32, 128, 1, 4, 3, 2, 2, True), (128, 128, 1, 8, 3, 1, 2, True),
 ]  # fmt: skip
 
 
@@ -96,8 +99,8 @@ def make_weight(part: Part, form: str, device: torch.device, dtype: torch.dtype)
     if kind == "none":
         return Weight(matrix_NK=torch.empty(shape, dtype=dtype, device=device).normal_(0, part.inputs**-0.5))
     if kind == "int4":
-        size = (part.inputs // SLAB, part.outputs, SLAB // 2)
-        codes = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+        size = (part.inputs // SLAB, part.outputs, SLAB // 4)
+        codes = torch.randint(-(2**15), 2**15, size, dtype=torch.int16, device=device)
     else:
         codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
         codes = codes if kind == "int8" else codes.to(dtype).to(torch.float8_e4m3fn)
@@ -105,8 +108,12 @@ def make_weight(part: Part, form: str, device: torch.device, dtype: torch.dtype)
     scales = torch.full((part.inputs // int(group or part.inputs), part.outputs), part.inputs**-0.5 / spread)
     if not group:
         return Weight(matrix_NK=codes, scales_N=scales[0].to(device))
-    zeros = torch.randint(7, 10, scales.shape, dtype=torch.uint8, device=device) if kind == "int4" else None
-    return GroupedWeight(kind=kind, codes=codes, scales_GN=scales.half().to(device), zeros_GN=zeros)  # type: ignore[arg-type]
+    groups = scales = scales.half()
+    if kind == "int4":
+        groups = packed_groups(scales, torch.randint(7, 10, scales.shape))
+    return GroupedWeight(
+        kind=kind, group_size=int(group), codes=codes, groups_GN=groups.to(device), scale_dtype=scales.dtype
+    )  # type: ignore[arg-type]
 
 
 def bytes_of(weight: PackedWeight) -> int:
@@ -162,9 +169,6 @@ class Bench:
         rows = rows_tile(self.num_rows, part.width, weight, self.dtype).rows
         if self.num_rows <= 64:
             runs |= {f"rows {rows, *tile}": self._rows(RowsTile(rows, *tile)) for tile in FEW_4_BITS}
-            if part.norm and self.num_rows == 1:
-                tiles = [tile for tile in FEW_4_BITS if len(tile) == 5]  # in one part
-                runs |= {f"rows {rows, *tile} norm inside": self._rows_normed(RowsTile(rows, *tile)) for tile in tiles}
         if self.num_rows >= 32:
             runs |= {f"rows {tile}": self._rows(RowsTile(*tile)) for tile in MANY_4_BITS}
             runs["dequantize and multiply"] = self._dequantized
@@ -195,17 +199,6 @@ class Bench:
             out_TN = torch.empty_like(self.residual_TN)
             gate = GATE if self.part.gate else 0
             rows_product(x_TK, weight, out_TN, gate=gate, residual_TN=residual_TN, tile=tile)
-            return out_TN
-
-        return run
-
-    def _rows_normed(self, tile: RowsTile) -> Run:
-        gate = GATE if self.part.gate else 0
-
-        def run(weight: PackedWeight) -> torch.Tensor:
-            assert isinstance(weight, GroupedWeight)
-            out_TN = torch.empty_like(self.residual_TN)
-            rows_product(self.x_TK, weight, out_TN, norm_K=self.norm_K, eps=EPS, gate=gate, tile=tile)
             return out_TN
 
         return run

@@ -100,8 +100,8 @@ def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def _gpu_weight_bytes(config: ByteModelConfig) -> dict[str, int]:
-    """8 bits: with a float32 scale for each output; int4: with a scale of 16 bits and a zero point of 8 for 32 inputs,
-    and a head in 8 bits. A tied head is a matrix of its own."""
+    """8 bits: with a float32 scale for each output; int4: with a word of 32 bits for 32 inputs, in slabs of 64, and a
+    head in 8 bits. A tied head is a matrix of its own."""
     shapes, matrices = expected_shapes(config), matrix_names(config)
     if config.tie_word_embeddings:
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
@@ -114,7 +114,8 @@ def _gpu_weight_bytes(config: ByteModelConfig) -> dict[str, int]:
             continue
         of_8_bits = count + 4 * count // num_inputs
         in_8_bits += of_8_bits
-        in_4_bits += of_8_bits if name == "lm_head.weight" else count // 2 + 3 * count // 32
+        of_4_bits = count // num_inputs * (32 * math.ceil(num_inputs / 64) + 4 * num_inputs // 32)
+        in_4_bits += of_8_bits if name == "lm_head.weight" else of_4_bits
     found = {"int8": in_8_bits, "fp8": in_8_bits}
     takes_int4 = not config.num_experts and all(shapes[name][-1] % 32 == 0 for name in matrices)
     return found | ({"int4": in_4_bits} if takes_int4 else {})

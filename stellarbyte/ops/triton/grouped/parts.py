@@ -1,4 +1,4 @@
-"""The sum of products that several programs computed, each with some of the inputs."""
+"""The ends of products of rows: what stands around a product, or the sum of several programs' parts of the inputs."""
 
 import torch
 import triton
@@ -70,3 +70,30 @@ def _sum_kernel(
         total, ups, addend, out, bias, bias, branch_scale, offsets, n, num_outputs, inside,
         False, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE, GATE,
     )  # fmt: skip
+
+
+@triton.jit
+def store_rows(
+    total, ups, out, bias, residual, branch_scale, n, t, num_rows, num_outputs, ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, IS_PART: tl.constexpr,
+    GATE: tl.constexpr,
+):  # fmt: skip
+    """Store products [N, T] as part `tl.program_id(2)` of those that `sum_parts` takes, or after what `finish` does."""
+    inside = (n < num_outputs)[:, None] & (t < num_rows)[None, :]
+    many_n = n[:, None] + tl.zeros([1, ROWS], tl.int32)
+    offsets = t.to(tl.int64)[None, :] * num_outputs + many_n
+    if IS_PART:
+        READS: tl.constexpr = 2 if GATE else 1
+        numbers = num_rows.to(tl.int64) * num_outputs
+        part = out + tl.program_id(2) * READS * numbers
+        tl.store(part + offsets, total, mask=inside)
+        if GATE:
+            tl.store(part + numbers + offsets, ups, mask=inside)
+    else:
+        addend = total
+        if HAS_RESIDUAL:
+            addend = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+        finish(
+            total, ups, addend, out, bias, bias, branch_scale, offsets, many_n, num_outputs, inside,
+            False, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE, GATE,
+        )  # fmt: skip

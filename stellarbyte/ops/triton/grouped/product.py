@@ -6,15 +6,15 @@ import triton.language as tl
 
 from stellarbyte.ops.triton.gates import NO_GATE
 from stellarbyte.ops.triton.grouped.rows import rows_product, rows_tile
+from stellarbyte.ops.triton.grouped.unpack import group_scale, group_zero
 from stellarbyte.ops.triton.grouped.vector import vector_product, vector_tile
-from stellarbyte.ops.triton.grouped.weights import SYMMETRIC_ZERO, GroupedWeight
+from stellarbyte.ops.triton.grouped.weights import SLAB, GroupedWeight
 from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
 
 # T rows, N outputs, K inputs
 
 MAX_ROWS = 256  # beyond, a product of cuBLAS with the dequantized matrix is faster
 _BLOCK_N = 64
-_SYMMETRIC = tl.constexpr(SYMMETRIC_ZERO)
 
 
 def can_norm(num_rows: int, weight: GroupedWeight) -> bool:
@@ -58,40 +58,48 @@ def dequantize(weight: GroupedWeight, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [N, K] in `dtype`, for products of many rows."""
     num_outputs, num_inputs, group = weight.num_outputs, weight.num_inputs, weight.group_size
     out_NK = torch.empty(num_outputs, num_inputs, dtype=dtype, device=weight.device)
-    _dequantize_kernel[(triton.cdiv(num_outputs, _BLOCK_N), num_inputs // group)](
-        weight.codes, weight.scales_GN, weight.scales_GN if weight.zeros_GN is None else weight.zeros_GN, out_NK,
-        num_outputs, num_inputs, BLOCK_N=_BLOCK_N, GROUP=group, IS_INT4=weight.kind == "int4",
-        HAS_ZEROS=weight.zeros_GN is not None, **overlapping(weight.device),
+    kernel, block, own = _dequantize_kernel, group, {}
+    if weight.kind == "int4":
+        kernel, block, own = _dequantize_int4_kernel, SLAB, {"IS_HALF": weight.scale_dtype == torch.float16}
+    kernel[(triton.cdiv(num_outputs, _BLOCK_N), triton.cdiv(num_inputs, block))](
+        weight.codes, weight.groups_GN, out_NK, num_outputs, num_inputs, BLOCK_N=_BLOCK_N, GROUP=group, **own,
+        **overlapping(weight.device),
     )  # fmt: skip
     return out_NK
 
 
 @triton.jit
 def _dequantize_kernel(
-    codes, scales, zeros, out, num_outputs, num_inputs, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    IS_INT4: tl.constexpr, HAS_ZEROS: tl.constexpr, OVERLAPS: tl.constexpr,
+    codes, scales, out, num_outputs, num_inputs, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One group of some outputs."""
+    """One group of some outputs, of 8 bits."""
     wait_for_inputs(OVERLAPS)  # the product before may still read what lies in this memory
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     g = tl.program_id(1).to(tl.int64)
     inside = n < num_outputs
-    place = g * num_outputs + n
-    scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)[:, None]
-    if IS_INT4:
-        b = tl.arange(0, GROUP // 2)[None, :]
-        slab = g * (GROUP // 32) + b // 16
-        mask = inside[:, None] & (b < GROUP // 2)
-        pair = tl.load(codes + (slab * num_outputs + n[:, None]) * 16 + b % 16, mask=mask, other=0)
-        zero = tl.full(place.shape, _SYMMETRIC, tl.float32)
-        if HAS_ZEROS:
-            zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
-        target = out + n[:, None] * num_inputs + slab * 32 + b % 16
-        low, high = (pair & 15).to(tl.float32) - zero[:, None], (pair >> 4).to(tl.float32) - zero[:, None]
-        tl.store(target, (low * scale).to(out.dtype.element_ty), mask=mask)
-        tl.store(target + 16, (high * scale).to(out.dtype.element_ty), mask=mask)
-    else:
-        offsets = n[:, None] * num_inputs + g * GROUP + tl.arange(0, GROUP)[None, :]
-        mask = inside[:, None] & (tl.arange(0, GROUP) < GROUP)[None, :]
-        numbers = tl.load(codes + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + offsets, (numbers * scale).to(out.dtype.element_ty), mask=mask)
+    scale = tl.load(scales + g * num_outputs + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    offsets = n[:, None] * num_inputs + g * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = inside[:, None] & (tl.arange(0, GROUP) < GROUP)[None, :]
+    numbers = tl.load(codes + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + offsets, (numbers * scale).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dequantize_int4_kernel(
+    codes, groups, out, num_outputs, num_inputs, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, IS_HALF: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One slab of some outputs, by its quarters of 16 inputs."""
+    wait_for_inputs(OVERLAPS)  # the product before may still read what lies in this memory
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.arange(0, 16)[None, :]
+    inside = n < num_outputs
+    numbers = tl.load(codes + (h * num_outputs + n[:, None]) * 16 + b, mask=inside[:, None], other=0).to(tl.int32)
+    for quarter in tl.static_range(4):
+        first = h * 64 + quarter * 16
+        mask = inside & (first < num_inputs)
+        words = tl.load(groups + first // GROUP * num_outputs + n, mask=mask, other=0)
+        number = (numbers >> 4 * quarter & 15) - group_zero(words)[:, None]
+        number = number.to(tl.float32) * group_scale(words, IS_HALF)[:, None]
+        tl.store(out + n[:, None] * num_inputs + first + b, number.to(out.dtype.element_ty), mask=mask[:, None])

@@ -7,35 +7,65 @@ _HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def unpack_tile(codes, zeros, ELEMENT: tl.constexpr):
-    """The low and the high half of bytes, less `zeros` (0..15, of a shape that broadcasts), exact in ELEMENT.
+def group_scale(words, IS_HALF: tl.constexpr):
+    """float32 scales of words of int4 groups; IS_HALF: they are float16."""
+    if words.dtype == tl.int64:
+        return words.to(tl.int32).to(tl.float32, bitcast=True)
+    if IS_HALF:
+        return words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return (words << 16).to(tl.float32, bitcast=True)
 
-    In bfloat16, bytes become the last mantissa bits of 128 + code, two numbers in an instruction.
+
+@triton.jit
+def group_zero(words):
+    """int32 zero points of words of int4 groups."""
+    if words.dtype == tl.int64:
+        return (words >> 32).to(tl.int32)
+    return words >> 16
+
+
+@triton.jit
+def unpack_quarters(codes, low_zeros, high_zeros, ELEMENT: tl.constexpr):
+    """The four codes of each int16, lowest bits first, exact in ELEMENT: two less `low_zeros`, two less `high_zeros`.
+
+    Zeros are int32, of a shape that broadcasts. In bfloat16, the codes of two neighbours become the last mantissa bits
+    of 128 + code at once.
     """
     if _HAS_PTX and ELEMENT == tl.bfloat16:
-        offsets, _ = tl.broadcast((-128.0 - zeros.to(tl.float32)).to(tl.bfloat16), codes)
+        low, _ = tl.broadcast(_less_128(low_zeros), codes)
+        high, _ = tl.broadcast(_less_128(high_zeros), codes)
         return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 low, high, one;
+            .reg .b32 second, third, fourth, one;
             mov.b32 one, 0x3F803F80;
-            and.b32 low, $4, 0x0F0F0F0F;
-            shr.u32 high, $4, 4;
-            and.b32 high, high, 0x0F0F0F0F;
-            prmt.b32 $0, low, 0x43434343, 0x4140;
-            prmt.b32 $1, low, 0x43434343, 0x4342;
-            prmt.b32 $2, high, 0x43434343, 0x4140;
-            prmt.b32 $3, high, 0x43434343, 0x4342;
+            shr.u32 second, $4, 4;
+            shr.u32 third, $4, 8;
+            shr.u32 fourth, $4, 12;
+            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, second, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $2, third, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $3, fourth, 0x000F000F, 0x43004300, 0xEA;
             fma.rn.bf16x2 $0, $0, one, $5;
-            fma.rn.bf16x2 $1, $1, one, $6;
-            fma.rn.bf16x2 $2, $2, one, $5;
+            fma.rn.bf16x2 $1, $1, one, $5;
+            fma.rn.bf16x2 $2, $2, one, $6;
             fma.rn.bf16x2 $3, $3, one, $6;
             }
             """,
-            "=&r,=&r,=&r,=&r,r,r,r", [codes, offsets], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            "=&r,=&r,=&r,=&r,r,r,r", [codes, low, high], (tl.bfloat16,) * 4, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        return (codes & 15).to(ELEMENT) - zeros.to(ELEMENT), (codes >> 4).to(ELEMENT) - zeros.to(ELEMENT)
+        codes = codes.to(tl.int32)
+        return (
+            ((codes & 15) - low_zeros).to(ELEMENT), ((codes >> 4 & 15) - low_zeros).to(ELEMENT),
+            ((codes >> 8 & 15) - high_zeros).to(ELEMENT), ((codes >> 12 & 15) - high_zeros).to(ELEMENT),
+        )  # fmt: skip
+
+
+@triton.jit
+def _less_128(zeros):
+    """-128 - zeros in bfloat16, whose last mantissa bits the zeros become."""
+    return (zeros | -0x3D00).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

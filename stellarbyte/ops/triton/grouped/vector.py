@@ -1,7 +1,7 @@
 """The product of one row with an int4 matrix: every weight is used once, without the matrix units.
 
 A thread reads 16 bytes, the codes of 32 inputs of an output. Its 32 inputs stay in registers for the same slab of
-several outputs, and scale and zero point are applied to the sum over a slab: Σ s (c - z) x = s (Σ c x - z Σ x).
+several outputs, and scale and zero point are applied to sums over a slab's groups: Σ s (c - z) x = s (Σ c x - z Σ x).
 """
 
 from typing import NamedTuple
@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 
 from stellarbyte.ops.triton.gates import NO_GATE
-from stellarbyte.ops.triton.grouped.unpack import unpack_words
-from stellarbyte.ops.triton.grouped.weights import SLAB, SYMMETRIC_ZERO, GroupedWeight
+from stellarbyte.ops.triton.grouped.unpack import group_scale, group_zero, unpack_words
+from stellarbyte.ops.triton.grouped.weights import SLAB, GroupedWeight
 from stellarbyte.ops.triton.linear import finish
 from stellarbyte.ops.triton.overlap import let_next_begin, no_tiles, overlapping, wait_for_inputs
 
-# N outputs, K inputs, H slabs of 32 inputs
-
-_SYMMETRIC = tl.constexpr(16.0 + SYMMETRIC_ZERO)
+# N outputs, K inputs, H slabs of 64 inputs, W = 8 words of a slab's codes
 
 
 class VectorTile(NamedTuple):
@@ -32,8 +30,8 @@ class VectorTile(NamedTuple):
 
 def vector_tile(num_inputs: int, has_gate: bool) -> VectorTile:
     """Long reads of few outputs: registers limit the programs of a multiprocessor, and so the reads on their way."""
-    slabs = min(64, triton.next_power_of_2(num_inputs // SLAB))
-    return VectorTile(*((4, 2) if has_gate else (8, 1)), slabs, max(1, min(4, slabs // 8)))
+    slabs = min(32, triton.next_power_of_2(triton.cdiv(num_inputs, SLAB)))
+    return VectorTile(*((4, 2) if has_gate else (8, 1)), slabs, max(1, min(4, slabs // 4)))
 
 
 def vector_product(
@@ -50,12 +48,11 @@ def vector_product(
 ) -> None:
     """As `linear.linear`, for one contiguous row."""
     num_outputs, num_inputs = weight.num_outputs // (2 if gate else 1), weight.num_inputs
-    num_slabs = num_inputs // SLAB
+    num_slabs = triton.cdiv(num_inputs, SLAB)
     _vector_kernel[(triton.cdiv(num_outputs, tile.block_n * tile.repeats),)](
         x_1K,
         weight.codes.view(torch.int32),
-        weight.scales_GN,
-        x_1K if weight.zeros_GN is None else weight.zeros_GN,
+        weight.groups_GN,
         x_1K if weight.bias_N is None else weight.bias_N,
         x_1K if norm_K is None else norm_K,
         x_1K if residual_1N is None else residual_1N,
@@ -68,9 +65,9 @@ def vector_product(
         REPEATS=tile.repeats,
         SLABS=tile.slabs,
         NUM_TILES=triton.cdiv(num_slabs, tile.slabs),
-        EVEN=num_slabs % tile.slabs == 0 and num_outputs % (tile.block_n * tile.repeats) == 0,
-        GROUP_SLABS=weight.group_size // SLAB,
-        HAS_ZEROS=weight.zeros_GN is not None,
+        EVEN=num_inputs % (SLAB * tile.slabs) == 0 and num_outputs % (tile.block_n * tile.repeats) == 0,
+        GROUP=weight.group_size,
+        IS_HALF=weight.scale_dtype == torch.float16,
         HAS_BIAS=weight.bias_N is not None,
         HAS_NORM=norm_K is not None,
         HAS_RESIDUAL=residual_1N is not None,
@@ -83,25 +80,22 @@ def vector_product(
 
 @triton.jit
 def _vector_kernel(
-    x, codes, scales, zeros, bias, norm, residual, branch_scale, out, num_outputs, num_inputs, eps,
+    x, codes, groups, bias, norm, residual, branch_scale, out, num_outputs, num_inputs, eps,
     BLOCK_N: tl.constexpr, REPEATS: tl.constexpr, SLABS: tl.constexpr, NUM_TILES: tl.constexpr, EVEN: tl.constexpr,
-    GROUP_SLABS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    GROUP: tl.constexpr, IS_HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Some outputs; the next slabs' numbers are loaded ahead, the first ones while the row is still being computed."""
     let_next_begin(OVERLAPS)
     READS: tl.constexpr = 2 * REPEATS if GATE else REPEATS  # with a gate, the ups after the gates
+    GROUPS: tl.constexpr = 2 if GROUP == 32 else 1  # of a slab
     width = num_outputs * 2 if GATE else num_outputs
     first = tl.program_id(0) * (BLOCK_N * REPEATS) + tl.arange(0, BLOCK_N)
     h = tl.arange(0, SLABS)
-    loaded, scales_ahead, zeros_ahead = no_tiles(), no_tiles(), no_tiles()
+    loaded, groups_ahead = no_tiles(), no_tiles()
     for r in tl.static_range(READS):
         loaded += (_load_words(codes, first, r, h, num_outputs, width, num_inputs, BLOCK_N, REPEATS, EVEN),)
-        scale, zero = _load_scales(
-            scales, zeros, first, r, h, num_outputs, width, num_inputs, BLOCK_N, REPEATS, GROUP_SLABS, HAS_ZEROS
-        )
-        scales_ahead += (scale,)
-        zeros_ahead += (zero,)
+        groups_ahead += _load_groups(groups, first, r, h, num_outputs, width, num_inputs, BLOCK_N, REPEATS, GROUP)
     wait_for_inputs(OVERLAPS)
     totals = no_tiles()
     for _ in tl.static_range(READS):
@@ -109,32 +103,30 @@ def _vector_kernel(
     squares = tl.zeros([SLABS], tl.float32)
     for i in tl.static_range(NUM_TILES):
         here = i * SLABS + h
-        inside_h = here < num_inputs // 32
-        v = _load_row(x, here, inside_h)
+        v = _load_row(x, here, num_inputs)
         if HAS_NORM:
             squares += _sum_of_products(v, v)
-            v = _products(v, _load_row(norm, here, inside_h))
-        sums = _sum_of(v)
-        now, scales_now, zeros_now = loaded, scales_ahead, zeros_ahead
-        loaded, scales_ahead, zeros_ahead = no_tiles(), no_tiles(), no_tiles()
+            v = _products(v, _load_row(norm, here, num_inputs))
+        sums = _sums_of(v, GROUPS)
+        now, groups_now = loaded, groups_ahead
+        loaded, groups_ahead = no_tiles(), no_tiles()
         if i + 1 < NUM_TILES:
             for r in tl.static_range(READS):
                 loaded += (
                     _load_words(codes, first, r, here + SLABS, num_outputs, width, num_inputs, BLOCK_N, REPEATS, EVEN),
                 )
-                scale, zero = _load_scales(
-                    scales, zeros, first, r, here + SLABS, num_outputs, width, num_inputs, BLOCK_N, REPEATS,
-                    GROUP_SLABS, HAS_ZEROS,
-                )  # fmt: skip
-                scales_ahead += (scale,)
-                zeros_ahead += (zero,)
+                groups_ahead += _load_groups(
+                    groups, first, r, here + SLABS, num_outputs, width, num_inputs, BLOCK_N, REPEATS, GROUP
+                )
         before, totals = totals, no_tiles()
         for r in tl.static_range(READS):
-            zero = _SYMMETRIC
-            if HAS_ZEROS:
-                zero = 16.0 + zeros_now[r].to(tl.float32)
-            total = _sum_of_codes(now[r], v) - zero * sums[:, None]
-            totals += (before[r] + scales_now[r].to(tl.float32) * total,)
+            codes_sums = _sums_of_codes(now[r], v, GROUPS)
+            total = before[r]
+            for g in tl.static_range(GROUPS):
+                words = groups_now[r * GROUPS + g]
+                zero = 16.0 + group_zero(words).to(tl.float32)
+                total += group_scale(words, IS_HALF) * (codes_sums[g] - zero * sums[g][:, None])
+            totals += (total,)
     factor = 1.0
     if HAS_NORM:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / num_inputs + eps)
@@ -149,7 +141,7 @@ def _vector_kernel(
         if GATE:
             ups = tl.sum(totals[REPEATS + r], axis=0) * factor
         finish(
-            total, ups, addend, out, scales, bias, branch_scale, n, n, num_outputs, inside,
+            total, ups, addend, out, bias, bias, branch_scale, n, n, num_outputs, inside,
             False, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE, GATE,
         )  # fmt: skip
 
@@ -159,66 +151,69 @@ def _load_words(
     codes, first, r: tl.constexpr, h, num_outputs, width, num_inputs, BLOCK_N: tl.constexpr, REPEATS: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """int32 [H, N, 4]."""
+    """int32 [H, N, W]."""
     n = first + (r % REPEATS) * BLOCK_N
     row = h.to(tl.int64)[:, None] * width + ((r // REPEATS) * num_outputs + n)[None, :]
-    place = codes + row[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    place = codes + row[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     if EVEN:
         return tl.load(place, eviction_policy="evict_first")
-    inside = (n < num_outputs)[None, :] & (h < num_inputs // 32)[:, None]
+    inside = (n < num_outputs)[None, :] & (h * 64 < num_inputs)[:, None]
     return tl.load(place, mask=inside[:, :, None], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _load_scales(
-    scales, zeros, first, r: tl.constexpr, h, num_outputs, width, num_inputs, BLOCK_N: tl.constexpr,
-    REPEATS: tl.constexpr, GROUP_SLABS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+def _load_groups(
+    groups, first, r: tl.constexpr, h, num_outputs, width, num_inputs, BLOCK_N: tl.constexpr, REPEATS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """[H, N] of scales, and of zero points if there are; else scales again."""
+    """[H, N] words of each group of a slab."""
     n = first + (r % REPEATS) * BLOCK_N
-    inside = (n < num_outputs)[None, :] & (h < num_inputs // 32)[:, None]
-    place = (h // GROUP_SLABS).to(tl.int64)[:, None] * width + (r // REPEATS) * num_outputs + n[None, :]
-    scale = tl.load(scales + place, mask=inside, other=0.0)
-    zero = scale
-    if HAS_ZEROS:
-        zero = tl.load(zeros + place, mask=inside, other=0)
-    return scale, zero
+    loaded = no_tiles()
+    for group in tl.static_range(2 if GROUP == 32 else 1):
+        g = h * 64 // GROUP + group
+        inside = (n < num_outputs)[None, :] & (g * GROUP < num_inputs)[:, None]
+        place = g.to(tl.int64)[:, None] * width + (r // REPEATS) * num_outputs + n[None, :]
+        loaded += (tl.load(groups + place, mask=inside, other=0),)
+    return loaded
 
 
 @triton.jit
-def _load_row(x, h, inside_h):
-    """float32 [H, 4] × 8, as the codes of `unpack_words`: of byte b of word w in a half of a slab, input 4 w + b."""
-    word = tl.arange(0, 4)[None, :]
-    mask = inside_h[:, None] & (word < 4)
-    if x.dtype.element_ty == tl.bfloat16:  # four numbers in one read
-        fours = x.to(tl.pointer_type(tl.int64)) + h[:, None] * 8 + word
-        return _numbers(tl.load(fours, mask=mask, other=0)) + _numbers(tl.load(fours + 4, mask=mask, other=0))
+def _load_row(x, h, num_inputs):
+    """float32 [H, W] × 8, as the codes of `unpack_words`: word w has those of the neighbours 2 w and 2 w + 1 in each
+    quarter of a slab; of both, first and third quarters, then second and fourth ones."""
+    first = _load_pair(x, h, 0, num_inputs)
+    second = _load_pair(x, h, 1, num_inputs)
+    third = _load_pair(x, h, 2, num_inputs)
+    fourth = _load_pair(x, h, 3, num_inputs)
+    return first[0], third[0], first[1], third[1], second[0], fourth[0], second[1], fourth[1]
+
+
+@triton.jit
+def _load_pair(x, h, quarter: tl.constexpr, num_inputs):
+    """float32 [H, W] × 2"""
+    word = tl.arange(0, 8)[None, :]
+    mask = (h * 64 + quarter * 16 < num_inputs)[:, None] & (word < 8)
+    if x.dtype.element_ty == tl.bfloat16:  # two numbers in one read
+        pairs = tl.load(x.to(tl.pointer_type(tl.int32)) + h[:, None] * 32 + quarter * 8 + word, mask=mask, other=0)
+        return (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
     else:
-        loaded = no_tiles()
-        for j in tl.static_range(8):
-            place = x + h[:, None] * 32 + (j // 4) * 16 + 4 * word + j % 4
-            loaded += (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
-        return loaded
+        place = x + h[:, None] * 64 + quarter * 16 + 2 * word
+        return (
+            tl.load(place, mask=mask, other=0.0).to(tl.float32), tl.load(place + 1, mask=mask, other=0.0).to(tl.float32)
+        )  # fmt: skip
 
 
 @triton.jit
-def _numbers(four):
-    """The bfloat16 numbers of an int64, in float32."""
-    low, high = four.to(tl.int32), (four >> 32).to(tl.int32)
-    return (
-        (low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True),
-        (high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True),
-    )  # fmt: skip
-
-
-@triton.jit
-def _sum_of_codes(words, v):
-    """[H, N]: the sums over slabs of (16 + code) · v."""
-    total = tl.zeros(words.shape, tl.float32)
+def _sums_of_codes(words, v, GROUPS: tl.constexpr):
+    """[H, N] for each group of slabs: the sums of (16 + code) · v."""
     codes = unpack_words(words)
-    for j in tl.static_range(8):
-        total += codes[j] * v[j][:, None, :]
-    return tl.sum(total, axis=2)
+    low, high = codes[0] * v[0][:, None, :], codes[1] * v[1][:, None, :]
+    for j in tl.static_range(2, 8, 2):
+        low += codes[j] * v[j][:, None, :]
+        high += codes[j + 1] * v[j + 1][:, None, :]
+    if GROUPS == 1:
+        return (tl.sum(low + high, axis=2),)
+    return tl.sum(low, axis=2), tl.sum(high, axis=2)
 
 
 @triton.jit
@@ -231,12 +226,12 @@ def _sum_of_products(v, w):
 
 
 @triton.jit
-def _sum_of(v):
-    """[H]"""
-    total = v[0]
-    for j in tl.static_range(1, 8):
-        total += v[j]
-    return tl.sum(total, axis=1)
+def _sums_of(v, GROUPS: tl.constexpr):
+    """[H] for each group of slabs."""
+    low, high = v[0] + v[2] + v[4] + v[6], v[1] + v[3] + v[5] + v[7]
+    if GROUPS == 1:
+        return (tl.sum(low + high, axis=1),)
+    return tl.sum(low, axis=1), tl.sum(high, axis=1)
 
 
 @triton.jit

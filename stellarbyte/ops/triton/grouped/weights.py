@@ -1,5 +1,6 @@
 """Quantized matrices in the layout of the kernels for groups of inputs."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,7 @@ from stellarbyte.checkpoint.quantized.matrix import Kind, QuantizedMatrix
 
 # N outputs, K inputs, G groups of K / G neighbouring inputs
 
-SLAB = 32  # inputs of int4 whose codes are adjacent: 16 bytes, as much as a thread reads at once
-SYMMETRIC_ZERO = 8  # of int4 without zero points
+SLAB = 64  # inputs of int4 whose codes are adjacent: 32 bytes, as much as memory transfers at once
 _KERNEL_GROUPS = (128, 64, 32)  # inputs that a step of the kernels multiplies; larger groups are several of these
 
 
@@ -19,30 +19,30 @@ class GroupedWeight:
     """A matrix [N, K] of numbers scale · (code - zero).
 
     Attributes:
-        codes: int4: uint8 [K / 32, N, 16], where byte i holds inputs i (low bits) and 16 + i of 32; int8 and fp8
-            (e4m3): [N, K].
-        scales_GN: float16, bfloat16 or float32.
-        zeros_GN: uint8, of int4; None: 8 in int4, else 0.
+        group_size: inputs that share a scale.
+        codes: int4: int16 [K / 64, N, 16], where number i of a slab holds the inputs i (lowest bits), 16 + i, 32 + i
+            and 48 + i, so that each four bits of several numbers are a matrix [N, 16]; the last slab may be half
+            empty. int8 and fp8 (e4m3): [N, K].
+        groups_GN: int8 and fp8: scales in float16, bfloat16 or float32. int4: words, with the bits of a scale below and
+            of a zero point (0 to 16) above: int32 with scales of 16 bits, int64 with float32.
+        scale_dtype: of the scales.
         bias_N: in the model's dtype.
     """
 
     kind: Kind
+    group_size: int
     codes: torch.Tensor
-    scales_GN: torch.Tensor
-    zeros_GN: torch.Tensor | None = None
+    groups_GN: torch.Tensor
+    scale_dtype: torch.dtype
     bias_N: torch.Tensor | None = None
 
     @property
     def num_outputs(self) -> int:
-        return self.scales_GN.shape[1]
+        return self.groups_GN.shape[1]
 
     @property
     def num_inputs(self) -> int:
-        return len(self.codes) * SLAB if self.kind == "int4" else self.codes.shape[1]
-
-    @property
-    def group_size(self) -> int:
-        return self.num_inputs // len(self.scales_GN)
+        return len(self.groups_GN) * self.group_size
 
     @property
     def device(self) -> torch.device:
@@ -50,29 +50,28 @@ class GroupedWeight:
 
     def rows(self, rows: slice) -> "GroupedWeight":
         """Some of the outputs, without bias."""
-        zeros_GN = None if self.zeros_GN is None else self.zeros_GN[:, rows]
         codes = self.codes[:, rows] if self.kind == "int4" else self.codes[rows]
-        return GroupedWeight(kind=self.kind, codes=codes, scales_GN=self.scales_GN[:, rows], zeros_GN=zeros_GN)
+        return dataclasses.replace(self, codes=codes, groups_GN=self.groups_GN[:, rows], bias_N=None)
 
     def dequantized(self) -> torch.Tensor:
         """float32 [N, K]."""
-        if self.kind == "int4":
-            halves = torch.stack((self.codes & 15, self.codes >> 4), dim=2)  # [K / 32, N, 2, 16]
-            numbers = halves.permute(1, 0, 2, 3).flatten(1).float()
-        else:
-            numbers = self.codes.float()
-        numbers = numbers.unflatten(1, (len(self.scales_GN), -1))
-        if self.zeros_GN is not None:
-            numbers = numbers - self.zeros_GN.T.float()[..., None]
-        elif self.kind == "int4":
-            numbers = numbers - SYMMETRIC_ZERO
-        return (numbers * self.scales_GN.T.float()[..., None]).flatten(1)
+        if self.kind != "int4":
+            return self._scaled(self.codes.float(), self.groups_GN)
+        quarters = torch.stack([self.codes >> 4 * place & 15 for place in range(4)], dim=2)  # [K / 64, N, 4, 16]
+        numbers_NK = quarters.permute(1, 0, 2, 3).flatten(1)[:, : self.num_inputs].float()
+        bits = _bits(self.scale_dtype)
+        scales_GN = self.groups_GN.to(_WORD_OF[bits]).view(self.scale_dtype)
+        zeros_GN = self.groups_GN >> bits
+        return self._scaled(numbers_NK - zeros_GN.T.repeat_interleave(self.group_size, dim=1), scales_GN)
+
+    def _scaled(self, numbers_NK: torch.Tensor, scales_GN: torch.Tensor) -> torch.Tensor:
+        return numbers_NK * scales_GN.T.float().repeat_interleave(self.group_size, dim=1)
 
 
 def takes(matrix: QuantizedMatrix) -> bool:
     """Whether the kernels have a form for these numbers."""
     has_codes_as_zeros = matrix.zeros is None or matrix.zeros.dtype == torch.uint8
-    return matrix.group_size % SLAB == 0 and has_codes_as_zeros
+    return matrix.group_size % _KERNEL_GROUPS[-1] == 0 and has_codes_as_zeros
 
 
 def grouped(matrices: Sequence[QuantizedMatrix], bias_N: torch.Tensor | None = None) -> GroupedWeight:
@@ -85,19 +84,37 @@ def grouped(matrices: Sequence[QuantizedMatrix], bias_N: torch.Tensor | None = N
 
     dtypes = {matrix.scales.dtype for matrix in matrices}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    scales_GN = torch.cat([by_group(matrix.scales.to(dtype), matrix) for matrix in matrices], dim=1)
-    zeros_GN = None
-    if any(matrix.zeros is not None and bool((matrix.zeros != SYMMETRIC_ZERO).any()) for matrix in matrices):
+    groups_GN = torch.cat([by_group(matrix.scales.to(dtype), matrix) for matrix in matrices], dim=1)
+    if kind == "int4":
         zeros = [matrix.zeros for matrix in matrices if matrix.zeros is not None]  # all: int4 always has them
         zeros_GN = torch.cat([by_group(one, matrix) for one, matrix in zip(zeros, matrices, strict=True)], dim=1)
-    if kind == "int4":
+        groups_GN = packed_groups(groups_GN, zeros_GN)
         codes = torch.cat([_slabs(matrix) for matrix in matrices], dim=1)
     else:
         codes = torch.cat([matrix.codes for matrix in matrices])
-    return GroupedWeight(kind=kind, codes=codes, scales_GN=scales_GN, zeros_GN=zeros_GN, bias_N=bias_N)
+    return GroupedWeight(
+        kind=kind, group_size=group, codes=codes, groups_GN=groups_GN.contiguous(), scale_dtype=dtype, bias_N=bias_N
+    )
+
+
+def packed_groups(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """The words of int4: scales in the form of their dtype, and integers from 0 to 16 above."""
+    bits = _bits(scales.dtype)
+    word = torch.int32 if bits == 16 else torch.int64
+    return scales.contiguous().view(_WORD_OF[bits]).to(word) & (1 << bits) - 1 | zeros.to(word) << bits
+
+
+_WORD_OF = {16: torch.int16, 32: torch.int32}
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return 8 * dtype.itemsize
 
 
 def _slabs(matrix: QuantizedMatrix) -> torch.Tensor:
-    """uint8 [K / 32, N, 16] of int4."""
-    halves = matrix.unpacked_codes().unflatten(1, (-1, 2, SLAB // 2))  # [N, K / 32, 2, 16]
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).transpose(0, 1).contiguous()
+    """int16 [K / 64, N, 16] of int4."""
+    codes_NK = matrix.unpacked_codes()
+    codes_NK = torch.nn.functional.pad(codes_NK, (0, -codes_NK.shape[1] % SLAB))
+    quarters = codes_NK.to(torch.int16).unflatten(1, (-1, 4, SLAB // 4))  # [N, K / 64, 4, 16]
+    first, second, third, fourth = quarters.unbind(2)
+    return (first | second << 4 | third << 8 | fourth << 12).transpose(0, 1).contiguous()

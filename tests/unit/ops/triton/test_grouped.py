@@ -1,5 +1,6 @@
 """Products with matrices in groups against float64 products with the numbers that the checkpoint's form stands for."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.checkpoint.quantized.matrix import Kind, QuantizedMatrix
 from stellarbyte.ops.triton.gates import GATES
-from stellarbyte.ops.triton.grouped.product import dequantize, grouped_linear
+from stellarbyte.ops.triton.grouped.product import MAX_ROWS, dequantize, grouped_linear
 from stellarbyte.ops.triton.grouped.rows import RowsTile, rows_product
 from stellarbyte.ops.triton.grouped.vector import VectorTile, vector_product, vector_tile
 from stellarbyte.ops.triton.grouped.weights import GroupedWeight, grouped, takes
@@ -58,7 +59,7 @@ def numbers_of(matrix: QuantizedMatrix) -> torch.Tensor:
 
 def on(device: torch.device, weight: GroupedWeight) -> GroupedWeight:
     tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(weight).items() if isinstance(v, torch.Tensor)}
-    return GroupedWeight(kind=weight.kind, **tensors)
+    return dataclasses.replace(weight, **tensors)
 
 
 FORMS: list[tuple[Kind, int, bool]] = [
@@ -125,31 +126,53 @@ def test_dequantized_matrices_are_the_checkpoints_numbers(form: tuple[Kind, int,
 
 
 def test_what_the_kernels_take() -> None:
-    assert takes(stored("int4", (8, 64), 32)) and takes(stored("int8", (8, 192), 96))
+    assert takes(stored("int4", (8, 96), 32)) and takes(stored("int8", (8, 192), 96))
     assert not takes(stored("int4", (8, 64), 16)) and not takes(stored("fp8", (8, 96), 48))
 
 
+HALVES = [(320, 32), (352, 32), (320, 64)]  # inputs and groups: one with half a slab at the end
+
+
 @pytest.mark.parametrize("tile", [VectorTile(8, 2, 2, 2), VectorTile(4, 1, 16, 4), VectorTile(16, 3, 4, 1)], ids=str)
-def test_any_tile_of_one_row(tile: VectorTile, device: torch.device) -> None:
-    matrix, x = stored("int4", (37, 320), 32, has_zeros=True), random(1, 320, seed=1)
+@pytest.mark.parametrize(("num_inputs", "group"), HALVES)
+def test_any_tile_of_one_row(tile: VectorTile, num_inputs: int, group: int, device: torch.device) -> None:
+    matrix, x = stored("int4", (37, num_inputs), group, has_zeros=True), random(1, num_inputs, seed=1)
     out = torch.empty(1, 37, device=device)
     vector_product(x.to(device), on(device, grouped([matrix])), out, tile=tile)
     torch.testing.assert_close(out.cpu().double(), x.double() @ numbers_of(matrix).T, atol=3e-4, rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "tile",
-    [
-        RowsTile(8, 16, 4, 4, 3),
-        RowsTile(16, 32, 2, 4, 2, 2),
-        RowsTile(8, 64, 1, 4, 4, 4),
-        RowsTile(8, 16, 1, 4, 3, 1, 3),
-    ],
-    ids=str,
-)
-def test_any_tile_of_several_rows(tile: RowsTile, device: torch.device) -> None:
-    """Also of more rows than a program has, and of groups that split, steps or parts do not divide."""
-    matrix, x = stored("int4", (37, 320), 64, has_zeros=True), random(11, 320, seed=1)
+@pytest.mark.parametrize("dtypes", [("float16",), ("bfloat16",), ("float32",), ("float16", "bfloat16")], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_scales_of_any_dtypes(dtypes: tuple[str, ...], num_rows: int, device: torch.device) -> None:
+    """Matrices below each other keep theirs."""
+    matrices = [
+        dataclasses.replace(matrix, scales=matrix.scales.to(getattr(torch, dtype)))
+        for dtype, matrix in ((dtype, stored("int4", (24, 128), 32, has_zeros=True)) for dtype in dtypes)
+    ]
+    numbers, x = torch.cat([numbers_of(matrix) for matrix in matrices]), random(num_rows, 128, seed=1)
+    weight = on(device, grouped(matrices))
+    torch.testing.assert_close(weight.dequantized().cpu().double(), numbers, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(dequantize(weight, torch.float32).cpu().double(), numbers, rtol=1e-7, atol=1e-9)
+    found = grouped_linear(x.to(device), weight)
+    torch.testing.assert_close(found.cpu().double(), x.double() @ numbers.T, atol=3e-4, rtol=2e-5)
+
+
+TILES = [
+    RowsTile(8, 16, 4, 4, 3),
+    RowsTile(16, 32, 2, 4, 2, 2),
+    RowsTile(8, 64, 1, 4, 4, 4),
+    RowsTile(8, 16, 1, 4, 3, 1, 3),
+    RowsTile(16, 16, 1, 4, 3, 2, 2, scales_first=True),
+    RowsTile(16, 16, 2, 4, 3, scales_first=True),
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(("num_inputs", "group"), HALVES)
+def test_any_tile_of_several_rows(tile: RowsTile, num_inputs: int, group: int, device: torch.device) -> None:
+    """Also of more rows than a program has, and of slabs that split, steps or parts do not divide."""
+    matrix, x = stored("int4", (37, num_inputs), group, has_zeros=True), random(11, num_inputs, seed=1)
     out = torch.empty(11, 37, device=device)
     rows_product(x.to(device), on(device, grouped([matrix])), out, tile=tile)
     torch.testing.assert_close(out.cpu().double(), x.double() @ numbers_of(matrix).T, atol=3e-4, rtol=2e-5)
@@ -169,16 +192,6 @@ def test_parts_with_what_stands_around_them(tile: RowsTile, device: torch.device
     torch.testing.assert_close(out.cpu().double(), expected, atol=3e-4, rtol=2e-5)
 
 
-@pytest.mark.parametrize("tile", [RowsTile(8, 16, 2, 4, 3, 2), RowsTile(8, 64, 1, 4, 3)], ids=str)
-@pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_rows_with_a_norm(tile: RowsTile, kind: Kind, device: torch.device) -> None:
-    matrix, x, norm = stored(kind, (37, 320), 64), random(5, 320, seed=1), random(320, seed=2)
-    expected = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS) * norm @ numbers_of(matrix).T
-    out = torch.empty(5, 37, device=device)
-    rows_product(x.to(device), on(device, grouped([matrix])), out, norm_K=norm.to(device), eps=EPS, tile=tile)
-    torch.testing.assert_close(out.cpu().double(), expected, atol=3e-4, rtol=2e-5)
-
-
 def test_one_row_in_bfloat16(device: torch.device) -> None:
     """Read four numbers at a time; products and sums in float32."""
     matrix = stored("int4", (48, 256), 32, has_zeros=True)
@@ -191,11 +204,18 @@ def test_one_row_in_bfloat16(device: torch.device) -> None:
 
 @pytest.mark.parametrize("num_rows", [2, 20, 70, 260])
 def test_several_rows_in_bfloat16(num_rows: int, device: torch.device) -> None:
-    """The codes are exact in front of the matrix units, so only the result is rounded."""
+    """The codes are exact in front of the matrix units; of many rows with int4, their products with scales are rounded,
+    and in the dequantized matrix of more rows all numbers are."""
     if device.type == "cpu":
         pytest.skip("Triton's interpreter multiplies no bfloat16 matrices")
     for kind, group, has_zeros in FORMS:
         matrix, x = stored(kind, (96, 512), group, has_zeros=has_zeros), random(num_rows, 512, seed=1).bfloat16()
-        expected = x.double() @ numbers_of(matrix).T
+        numbers = numbers_of(matrix)
+        if num_rows > MAX_ROWS:
+            numbers = numbers.bfloat16().double()
+        elif kind == "int4" and num_rows > 16:
+            scales = matrix.scales.double().repeat_interleave(group, dim=1)
+            numbers = ((numbers / scales).round() * scales.bfloat16().double()).bfloat16().double()
+        expected = x.double() @ numbers.T
         found = grouped_linear(x.to(device), on(device, grouped([matrix])))
         torch.testing.assert_close(found.cpu().double(), expected, rtol=2**-8, atol=2e-3)
