@@ -55,6 +55,7 @@ class GpuEngine:
         adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
         quantization: str = "none",
         kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
+        max_drafted: int = 0,
         **options: Any,
     ) -> None:
         config = model.config if config is None else config
@@ -86,6 +87,7 @@ class GpuEngine:
             max_rows=limits.max_num_seqs,
             max_tokens=limits.max_num_batched_tokens,
             table_entries=layout.peak_blocks(limits.max_model_len, limits.max_num_batched_tokens) + 1,
+            max_drafted=max_drafted,
         )
         self.executor = SlotExecutor(self.steps, layout, limits.max_num_seqs)
         self.runner = PlanRunner(self.executor)
@@ -161,7 +163,10 @@ class GpuEngine:
 
     def rehearsal(self) -> Steps:
         """Other steps of the same model and sizes, over a cache of nobody's."""
-        steps = self.steps
+        return self.rehearsal_of(self.steps)
+
+    @staticmethod
+    def rehearsal_of(steps: Steps) -> Steps:
         cache = PagedKVCache(
             steps.model.config, 1, steps.cache.block_size, steps.cache.keys_LBSKD.dtype, steps.model.device
         )
@@ -171,6 +176,7 @@ class GpuEngine:
             max_rows=steps.row_counts[-1],
             max_tokens=steps.max_tokens,
             table_entries=steps.memory.tables_SE.shape[1],
+            max_drafted=steps.max_drafted,
         )
 
     def core(self) -> EngineCore:
