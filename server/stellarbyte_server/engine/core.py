@@ -216,7 +216,8 @@ class EngineCore:
         news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
         self._rejected = []
         has_drafts = False
-        if self.drafts is not None and self.drafts.may_draft(self.scheduler.running):
+        is_ahead = self._in_flight is not None
+        if self.drafts is not None and self.drafts.may_draft(self.scheduler.running, is_ahead=is_ahead):
             if self._in_flight is not None:
                 newest, self._in_flight = self._in_flight, None
                 news += self._receive(*newest, is_last=True)

@@ -233,6 +233,7 @@ class Steps:
             beyond_plain: any sequence's adapter has DoRA, a head or an embedding.
         """
         num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
+        assert num_samples <= len(self._prompt_tokens_R), "drafts have more tokens than `max_drafted`"
         verifies = bool(self.max_drafted) and num_tokens == num_samples <= MAX_VERIFIED_TOKENS
         captured = not wants_hidden and num_tokens <= MAX_PADDED_TOKENS and num_samples <= MAX_PADDED_SAMPLES
         shape = verified_shape(prompts) if verifies else shape_of(prompts, padded=captured)

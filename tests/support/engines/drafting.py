@@ -76,8 +76,8 @@ class Guesses(Drafts):
         self._chance = chance
         self._runs_ahead = runs_ahead
 
-    def may_draft(self, running: list[Sequence]) -> bool:
-        del running
+    def may_draft(self, running: list[Sequence], *, is_ahead: bool = False) -> bool:
+        del running, is_ahead
         return not self._runs_ahead or self._chance.random() < 0.7
 
     def _draft(self, sequence: Sequence, num_rows: int) -> tuple[int, ...]:

@@ -14,11 +14,11 @@ from tests.support.models.adapters import random_adapter
 
 
 def gpu_drafting_core(
-    model: ByteTransformer, drafts: Drafts | None, device: torch.device, **options: Any
+    model: ByteTransformer, drafts: Drafts | None, device: torch.device, most_drafted: int = 64, **options: Any
 ) -> EngineCore:
     """As `drafting.drafting_core`: a core with the adapters "a" and "b". Within `own_stream` only."""
     adapters = {name: random_adapter(model.config, slot) for slot, name in enumerate(("a", "b"), 1)}
-    max_drafted = 0 if drafts is None else 64
+    max_drafted = 0 if drafts is None else most_drafted
     engine = GpuEngine(model, device, adapters=adapters, max_drafted=max_drafted, **options)
     assert engine.executor.takes_drafts is (drafts is not None)
     resident: Adapters = ResidentAdapters(engine.versions)  # type: ignore[assignment]

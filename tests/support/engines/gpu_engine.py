@@ -64,6 +64,7 @@ class GpuEngine:
             window=max(windows) if all(windows) else None,
             sink_tokens=config.sink_tokens if any(windows) else 0,
             num_steps_ahead=SlotExecutor.num_steps_ahead,
+            max_draft_tokens=max_drafted,
             **options,
         )
         layout, limits = self.scheduler.layout, self.scheduler.limits

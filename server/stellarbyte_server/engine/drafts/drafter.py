@@ -40,7 +40,7 @@ class Drafter:
         self._credited_at = num_prompt  # tokens
         self._tried_at = 0  # tokens, at the last guess
         self._drafted: list[Drafted] = []  # the last draft
-        self._paid = 0.0  # for waiting for the newest token
+        self._paid = 0.0  # for delays of the batch
         self.gain = _FIRST_GAIN
         """Average of the steps that a draft saved, less those that it cost."""
 
@@ -97,9 +97,9 @@ class Drafter:
         return self._credit >= steps
 
     def pay(self, steps: float) -> None:
-        """Pay for waiting for the newest token, in advance of the draft after it."""
+        """Pay for a delay of the batch, before or after its draft."""
         self._credit -= steps
-        self._paid = steps
+        self._paid += steps
 
     def note_none(self) -> None:
         """There was no draft after the newest token."""

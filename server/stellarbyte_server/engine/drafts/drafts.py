@@ -36,16 +36,16 @@ class Drafts:
         self._proposed_s = 0.0  # when; with steps ahead, the time of the last result
         self._is_alone = False  # the next result is of a step that was started when none ran
 
-    def may_draft(self, running: list[Sequence]) -> bool:
+    def may_draft(self, running: list[Sequence], *, is_ahead: bool = False) -> bool:
         """Whether to propose drafts for the next step. With steps ahead, the one in flight must be read before that and
-        the next one at once, so only if the drafts are likely to pay for it."""
+        the next one at once, so only if the drafts are likely to pay for it. `is_ahead`: a step is in flight."""
         if self._overlap is None:
             return True
         if len(running) > MOST_ROWS:
             return False
         decoding = [sequence for sequence in running if sequence.num_pending == 1]
         drafters = [(self._drafter_of(each), each.num_tokens) for each in decoding if _may_have_draft(each)]
-        return bool(drafters) and self._overlap.waits(drafters, len(decoding))
+        return bool(drafters) and self._overlap.waits(drafters, len(decoding), is_ahead=is_ahead)
 
     def propose(self, running: list[Sequence]) -> bool:
         """Give each running sequence that decodes its draft for the next step; returns whether there is any. No step is
@@ -59,6 +59,8 @@ class Drafts:
         for sequence in decoding:
             sequence.draft = self._draft(sequence, num_rows) if _may_have_draft(sequence) else ()
             has_any = has_any or bool(sequence.draft)
+        if self._overlap is not None and has_any:
+            self._overlap.pay()
         return has_any
 
     @property
@@ -118,9 +120,9 @@ class Drafts:
             return
         if self._overlap is None:
             self._costs.note(num_tokens, seconds)
-        elif has_drafts:
+        elif has_drafts or is_alone:
             self._overlap.note_waited(num_tokens, seconds)
-        elif not is_alone:
+        else:
             self._overlap.note_ahead(num_tokens, seconds)
 
     def num_predicted(self, sequence: Sequence) -> int:

@@ -119,7 +119,8 @@ def test_steps_without_drafts_stay_ahead(device: torch.device, monkeypatch: pyte
     class Sometimes(Drafts):
         """A draft after the sixth token."""
 
-        def may_draft(self, running: list[Sequence]) -> bool:
+        def may_draft(self, running: list[Sequence], *, is_ahead: bool = False) -> bool:
+            del is_ahead
             return any(sequence.num_tokens - sequence.num_prompt == 6 for sequence in running)
 
         def _draft(self, sequence: Sequence, num_rows: int) -> tuple[int, ...]:
