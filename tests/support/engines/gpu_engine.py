@@ -15,16 +15,19 @@ from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.transformer import ByteTransformer
+from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.engine.run.runner import PlanRunner, PlanStep
 from stellarbyte_server.engine.run.slot_executor import SlotExecutor
 from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import GenerationRequest
+from tests.support.engines.drafting import GRAMMARS, TOKENIZER, ResidentAdapters
 from tests.support.engines.engine import generated, is_complete, make_request, make_scheduler
 from tests.support.engines.engine_core import make_core
-from tests.support.models.adapters import NO_FILES, RandomAdapter
+from tests.support.models.adapters import NO_FILES, RandomAdapter, random_adapter
 
 
 @contextmanager
@@ -191,3 +194,15 @@ class GpuEngine:
         planner.release_ended()
         assert sorted(planner._free) == list(range(1, planner._num_slots + 1))
         assert planner._num_slots <= self.scheduler.limits.max_num_seqs
+
+
+def gpu_drafting_core(
+    model: ByteTransformer, drafts: Drafts | None, device: torch.device, most_drafted: int = 64, **options: Any
+) -> EngineCore:
+    """As `drafting.drafting_core`: a core with the adapters "a" and "b". Within `own_stream` only."""
+    adapters = {name: random_adapter(model.config, slot) for slot, name in enumerate(("a", "b"), 1)}
+    max_drafted = 0 if drafts is None else most_drafted
+    engine = GpuEngine(model, device, adapters=adapters, max_drafted=max_drafted, **options)
+    assert engine.executor.takes_drafts is (drafts is not None)
+    resident: Adapters = ResidentAdapters(engine.versions)  # type: ignore[assignment]
+    return EngineCore(engine.scheduler, engine.runner, TOKENIZER, frozenset({256}), resident, GRAMMARS, drafts=drafts)

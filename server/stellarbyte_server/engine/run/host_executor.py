@@ -7,8 +7,8 @@ from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte_server.engine.run.device_errors import device_errors, require_device
+from stellarbyte_server.engine.run.executor_slot import Row, Sampled, sampled_tokens
 from stellarbyte_server.engine.run.host_step import HostSlot, HostStep
-from stellarbyte_server.engine.run.sampled_rows import Row, Sampled, sampled_tokens
 from stellarbyte_server.engine.run.step_plan import StepPlan
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 

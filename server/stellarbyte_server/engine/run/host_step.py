@@ -14,9 +14,8 @@ from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.sampling.adjustment import RowAdjustment
 from stellarbyte.sampling.sampler import NO_TOKEN
 from stellarbyte_server.engine.run.device_errors import device_errors
-from stellarbyte_server.engine.run.executor_slot import ExecutorSlot
+from stellarbyte_server.engine.run.executor_slot import ExecutorSlot, Row, Sampled, extend_along, is_forced, keep
 from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
-from stellarbyte_server.engine.run.sampled_rows import Row, Sampled, extend_along, is_forced, keep
 from stellarbyte_server.engine.run.step_plan import Finish, SlotBegin, StepResult, TableChange
 from stellarbyte_server.engine.state.block_pool import BlockTable, CacheLayout
 

@@ -15,7 +15,7 @@ from stellarbyte.ops.triton.lora import segments
 from stellarbyte.sampling.sampler import choice_state
 from stellarbyte_server.engine.run.device_errors import device_errors, require_device
 from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
-from stellarbyte_server.engine.run.sampled_rows import Row
+from stellarbyte_server.engine.run.executor_slot import Row
 from stellarbyte_server.engine.run.slot_step import ResidentSlot, SlotStep
 from stellarbyte_server.engine.run.step_plan import SlotBegin, StepPlan, TableChange
 from stellarbyte_server.engine.run.verifying_step import VerifyingStep

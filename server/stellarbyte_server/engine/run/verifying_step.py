@@ -9,8 +9,8 @@ import torch
 from stellarbyte.backends.gpu.steps import Computed, Steps
 from stellarbyte.sampling.adjustment import RowAdjustment, adjust_logits
 from stellarbyte.sampling.sampler import NO_TOKEN, sample
+from stellarbyte_server.engine.run.executor_slot import Row, Sampled, extend_along, is_forced, keep
 from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
-from stellarbyte_server.engine.run.sampled_rows import Row, Sampled, extend_along, is_forced, keep
 from stellarbyte_server.engine.run.slot_step import ResidentSlot, SlotStep
 from stellarbyte_server.engine.run.step_plan import Finish, StepResult
 
