@@ -13,7 +13,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte import ByteTransformer
 from stellarbyte.backends.gpu import steps
+from stellarbyte.backends.gpu.preparation import usual_programs
+from stellarbyte.backends.gpu.prompts import verified_shapes
 from stellarbyte_server.engine.drafts.drafts import Drafts
+from stellarbyte_server.engine.run.runner import PlanRunner
+from stellarbyte_server.engine.run.slot_executor import SlotExecutor
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -22,7 +26,7 @@ from tests.support.cases import SLOW_WITHOUT_GPU
 from tests.support.engines.drafting import FORMS, Guesses, answers_of, compute_masks_here, random_request
 from tests.support.engines.engine import make_request
 from tests.support.engines.engine_core import VOCABULARY
-from tests.support.engines.gpu_engine import gpu_drafting_core, own_stream
+from tests.support.engines.gpu_engine import GpuEngine, gpu_drafting_core, own_stream
 from tests.support.models.byte_transformer import make_model
 
 NUM_RUNS = 40
@@ -164,3 +168,25 @@ def test_a_step_with_drafts_that_fails_is_computed_again(device: torch.device, m
     monkeypatch.setattr(steps.Steps, "settle", failing)
     assert_all_same(answers_of(core, requests, at_once(requests), {}), expected)
     assert failed == [2]
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_programs_that_verify_can_be_prepared(device: torch.device, with_adapters: bool) -> None:
+    """Without a sequence: all rows only fill the program up."""
+    core = gpu_drafting_core(tiny_model(), Drafts(runs_ahead=True), device, max_num_seqs=2)
+    assert isinstance(core.runner, PlanRunner) and isinstance(core.runner.executor, SlotExecutor)
+    rehearsal = GpuEngine.rehearsal_of(core.runner.executor._steps)
+    wanted = [key for key in usual_programs(rehearsal) if isinstance(key, steps.Prefill) and key.verifies]
+    shapes = {key.shape for key in wanted}
+    assert shapes == {*verified_shapes(with_adapters=False), *verified_shapes(with_adapters=True)}
+    smallest = verified_shapes(with_adapters=with_adapters)[0]
+    with torch.inference_mode():
+        rehearsal.run_program(next(key for key in wanted if key.shape == smallest))
+
+
+def test_without_drafts_nothing_is_prepared_or_kept_for_them(device: torch.device) -> None:
+    core = gpu_drafting_core(tiny_model(), None, device, max_num_seqs=2)
+    assert isinstance(core.runner, PlanRunner) and isinstance(core.runner.executor, SlotExecutor)
+    assert not any(
+        isinstance(key, steps.Prefill) and key.verifies for key in usual_programs(core.runner.executor._steps)
+    )
