@@ -2,6 +2,7 @@
 
     python -m benchmarks.speculative                          the demo model: JSON by a schema, an edit, random text
     python -m benchmarks.speculative --streams 8 --turns 5    eight requests at once
+    python -m benchmarks.speculative --device cuda            on a GPU
 
 Each task is answered in turns with `speculative` false and true; the answers must be equal. Times are from the first
 token to the last one, so prompts do not count.
@@ -119,14 +120,23 @@ def run(core: EngineCore, request: GenerationRequest, num_streams: int, name: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--words", type=int, default=300, help="words of the text to edit, and tokens of random text")
     parser.add_argument("--tasks", nargs="+", default=["json", "edit", "edit, predicted", "random"])
     options = parser.parse_args()
-    settings = EngineSettings(model=options.model, quantization=options.quantization, enable_prefix_caching=True)
+    settings = EngineSettings(
+        model=options.model,
+        device=options.device,
+        quantization=options.quantization,
+        enable_prefix_caching=True,
+        speculative="ngram",
+    )
     core, info = build_core(settings)
+    while core.prepare():  # a GPU's kernels
+        time.sleep(0.005)
     tokenizer = Tokenizer.from_file(str(resolve_model(options.model) / "tokenizer.json"))
     figures: dict[str, Any] = {"streams": options.streams, "device": info.device, "quantization": info.quantization}
     for name in options.tasks:

@@ -195,7 +195,7 @@ class EngineSettings:
         one_of("ngram", "off"),
         "ngram|off",
         "ngram: verify guesses of several tokens in one step, from repeated text, predictions and tokens that a grammar"
-        " forces; answers are the same (default: ngram on a CPU, off on a GPU, which cannot)",
+        " forces; answers are the same (default: ngram on a CPU, off on a GPU, where it has not been measured)",
         None,
     )
     kv_events: str | None = option(

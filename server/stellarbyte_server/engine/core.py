@@ -205,8 +205,9 @@ class EngineCore:
     def step(self) -> list[News]:
         """Advance every scheduled sequence by one forward pass.
 
-        Returns the requests that began to run or were rejected, then deltas: of the step started now, or, if the runner
-        works ahead, of the one before. A request that makes steps fail ends with an error.
+        Returns the requests that began to run or were rejected, and deltas: of the step started now, or, if the runner
+        works ahead, of the one before. If drafts are likely to pay for that, the step before is read first, and that
+        with the drafts as well. A request that makes steps fail ends with an error.
 
         Raises:
             DeviceLost, EngineBroken: every step fails.
@@ -214,7 +215,13 @@ class EngineCore:
         self._collect()
         news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
         self._rejected = []
-        has_drafts = self.drafts is not None and self.drafts.propose(self.scheduler.running)
+        has_drafts = False
+        is_ahead = self._in_flight is not None
+        if self.drafts is not None and self.drafts.may_draft(self.scheduler.running, is_ahead=is_ahead):
+            if self._in_flight is not None:
+                newest, self._in_flight = self._in_flight, None
+                news += self._receive(*newest, is_last=True)
+            has_drafts = self.drafts.propose(self.scheduler.running)
         chunks = self.scheduler.schedule(has_drafts=has_drafts)
         step = self._start(chunks)
         before, self._in_flight = self._in_flight, None
@@ -223,15 +230,15 @@ class EngineCore:
         news += [self._expire(sequence) for sequence in self.scheduler.expire()]
         news += [self._displace(sequence) for sequence in self.scheduler.take_displaced()]
         if before is not None:
-            news += self._receive(*before)
+            news += self._receive(*before, is_last=not chunks)
         if not isinstance(step, Exception | None):
             step = self._finish(step)
         if isinstance(step, Exception):
             news += self._compute_again(chunks, step)
-        elif step is not None and self.runner.num_steps_ahead:
+        elif step is not None and self.runner.num_steps_ahead and not has_drafts:
             self._in_flight = (chunks, step)
         elif step is not None:
-            news += self._receive(chunks, step)
+            news += self._receive(chunks, step, is_last=True)
         news += self.answers.failed
         self.answers.failed = []
         self._publish()
@@ -280,14 +287,14 @@ class EngineCore:
             require_sound(self.runner, self.scheduler)
         return [delta for part, result in findings.computed for delta in self.answers.record(part, result)]
 
-    def _receive(self, chunks: list[Chunk], step: RunningStep) -> list[Delta]:
-        """Wait for a step and turn its results into deltas."""
+    def _receive(self, chunks: list[Chunk], step: RunningStep, *, is_last: bool) -> list[Delta]:
+        """Wait for a step and turn its results into deltas. `is_last`: none was started after it."""
         try:
             result = step.result()
         except DeviceLost:
             raise
         except Exception as error:
-            if self.runner.num_steps_ahead:  # the next step was started from it
+            if not is_last:  # the next step was started from it
                 raise
             return self._compute_again(chunks, error)
         return self.answers.record(chunks, result)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from stellarbyte.backends.gpu.prompts import MAX_PADDED_TOKENS, usual_shapes
+from stellarbyte.backends.gpu.prompts import MAX_PADDED_TOKENS, usual_shapes, verified_shapes
 from stellarbyte.backends.gpu.steps import Decoding, Prefill, Steps
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,12 @@ def usual_programs(steps: Steps) -> Iterator[Decoding | Prefill]:
                 yield Decoding(rows, segments, truncates=False)
         for shape in usual_shapes(steps.max_tokens, with_adapters=has_adapters):
             yield Prefill(shape, truncates=False)
+        for shape in verified_shapes(with_adapters=has_adapters) if steps.max_drafted else ():
+            yield Prefill(shape, truncates=False, verifies=True)
     for rows in steps.row_counts:
         yield Decoding(rows, 0, truncates=True)
+    for shape in verified_shapes(with_adapters=False) if steps.max_drafted else ():
+        yield Prefill(shape, truncates=True, verifies=True)
     if steps.model.bank.num_slots:  # for their few kernels; most steps of adapters are of plain ones
         for rows in sorted({1, steps.row_counts[-1]}):
             yield Decoding(rows, 1, truncates=False, beyond_plain=True)

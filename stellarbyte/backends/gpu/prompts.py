@@ -18,6 +18,9 @@ _SAMPLE_COUNTS = (0, 1, 8)
 _SPARE_PARTS = (1, 8, 64)  # extra tiles or segments, for sequences that do not fill their last one
 MAX_PADDED_TOKENS = _TOKEN_COUNTS[-1]
 MAX_PADDED_SAMPLES = _SAMPLE_COUNTS[-1]
+_VERIFIED_COUNTS = (16, 32, 64, 96)
+_VERIFIED_SEGMENTS = (1, 16)
+MAX_VERIFIED_TOKENS = _VERIFIED_COUNTS[-1]
 ODD_TOKENS = 2065  # of unpadded prompts: not a multiple of 16, for which kernels are compiled separately
 _FEWER_ODD_TOKENS = 1041  # with adapters: so few that programs share a segment (`lora.shrink`)
 _ALIGNMENT = 4  # numbers: a kernel is compiled once more for pointers that 16 bytes do not divide
@@ -34,6 +37,7 @@ class Prompts:
     tile_counts: list[int] = field(default_factory=list)
     sample_rows: list[int] = field(default_factory=list)  # tokens that need logits
     sample_slots: list[int] = field(default_factory=list)
+    sample_positions: list[int] = field(default_factory=list)  # of the sampled tokens
     segment_starts: list[int] = field(default_factory=list)
     segment_counts: list[int] = field(default_factory=list)
     segment_slots: list[int] = field(default_factory=list)  # in the bank
@@ -46,7 +50,7 @@ class Prompts:
         first_position: int,
         slot: int,
         *,
-        samples: bool,
+        num_samples: int,
         bank_slot: int,
         scale: float,
         num_plain: int = 0,
@@ -54,7 +58,7 @@ class Prompts:
         """Add tokens of one sequence, starting at a position.
 
         Args:
-            samples: sample the token after the last one.
+            num_samples: sample the token after each of so many of the last ones.
             bank_slot: of the sequence's adapter; 0: none.
             num_plain: the first of these tokens, which the adapter does not change.
         """
@@ -72,10 +76,11 @@ class Prompts:
             self.segment_starts.append(start + first)
             self.segment_counts.append(min(PROMPT_SEGMENT_ROWS, count - first))
             self.segment_slots.append(bank_slot)
-        if samples:
-            self.sample_rows.append(start + count - 1)
-            self.sample_slots.append(slot)
-            self.sample_bank_slots.append(bank_slot)
+        first_sampled = count - num_samples
+        self.sample_rows += range(start + first_sampled, start + count)
+        self.sample_slots += [slot] * num_samples
+        self.sample_positions += range(first_position + first_sampled + 1, first_position + count + 1)
+        self.sample_bank_slots += [bank_slot] * num_samples
 
 
 class PromptTensors(NamedTuple):
@@ -88,6 +93,7 @@ class PromptTensors(NamedTuple):
     tile_counts_X: torch.Tensor
     sample_rows_R: torch.Tensor
     sample_slots_R: torch.Tensor
+    sample_positions_R: torch.Tensor
     adapters: LoraRows | None
     sample_bank_slots_R: torch.Tensor | None  # None without adapters
 
@@ -118,6 +124,7 @@ class PromptShape(NamedTuple):
             (prompts.tile_counts, self.tiles),
             (prompts.sample_rows, self.samples),
             (prompts.sample_slots, self.samples),
+            (prompts.sample_positions, self.samples),
         ]
         if self.segments:
             parts += [
@@ -136,19 +143,20 @@ class PromptShape(NamedTuple):
 
     def unpack(self, packed: torch.Tensor) -> PromptTensors:
         """Views of the array's parts."""
-        sizes = [self.tokens] * 3 + [self.tiles] * 2 + [self.samples] * 2
+        sizes = [self.tokens] * 3 + [self.tiles] * 2 + [self.samples] * 3
         if self.segments:
             sizes += [self.segments] * 3 + [self.tokens, self.samples]
         aligned = [_aligned(size) for size in sizes]
         parts = [part[:size] for part, size in zip(packed[: sum(aligned)].split(aligned), sizes, strict=True)]
-        tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, *lora = parts
+        tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, sample_positions, *lora = parts
         adapters = sample_bank_slots = None
         if self.segments:
             starts, counts, bank_slots, scales, sample_bank_slots = lora
             adapters = LoraRows(starts, counts, bank_slots, scales.view(torch.float32), PROMPT_SEGMENT_ROWS)
         return PromptTensors(
-            tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, adapters, sample_bank_slots
-        )
+            tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, sample_positions, adapters,
+            sample_bank_slots,
+        )  # fmt: skip
 
 
 def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
@@ -165,6 +173,19 @@ def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
         _next(_SAMPLE_COUNTS, num_samples),
         full_segments + _next(_SPARE_PARTS, max(1, num_segments - full_segments)) if num_segments else 0,
     )
+
+
+def verified_shape(prompts: Prompts) -> PromptShape:
+    """The next larger shape of the few for steps that sample after each token, of up to `MAX_VERIFIED_TOKENS`. They
+    have no tiles."""
+    tokens, num_segments = _next(_VERIFIED_COUNTS, len(prompts.token_ids)), len(prompts.segment_starts)
+    return PromptShape(tokens, 0, tokens, _next(_VERIFIED_SEGMENTS, num_segments) if num_segments else 0)
+
+
+def verified_shapes(*, with_adapters: bool) -> list[PromptShape]:
+    """The usual ones of these."""
+    segments = _VERIFIED_SEGMENTS if with_adapters else (0,)
+    return [PromptShape(tokens, 0, tokens, count) for count in segments for tokens in _VERIFIED_COUNTS]
 
 
 def usual_shapes(max_tokens: int, *, with_adapters: bool) -> Iterator[PromptShape]:

@@ -133,10 +133,12 @@ def begin_decode(
     )  # fmt: skip
 
 
-def gather_fields(memory: SlotMemory, slots_R: torch.Tensor, fields_RF: torch.Tensor) -> None:
-    """Copy the fields of the given slots."""
+def gather_fields(
+    memory: SlotMemory, slots_R: torch.Tensor, positions_R: torch.Tensor, fields_RF: torch.Tensor
+) -> None:
+    """Copy the fields of the given slots, with these positions in the place of the slots' own."""
     _begin_kernel[(len(slots_R),)](
-        slots_R, memory.slots_SF, memory.slot_size, slots_R, 1, slots_R, fields_RF, slots_R, 1.0,
+        slots_R, memory.slots_SF, memory.slot_size, slots_R, 1, positions_R, fields_RF, slots_R, 1.0,
         IS_DECODE=False, SCALES=False, FIELDS=NUM_FIELDS, BLOCK=1, **overlapping(slots_R.device),
     )  # fmt: skip
 
@@ -183,6 +185,8 @@ def _begin_kernel(
         if SCALES:
             numbers = (numbers.to(tl.float32) * multiplier).to(numbers.dtype)
         tl.store(x + b.to(tl.int64) * width + column, numbers, mask=inside)
+    else:
+        values = tl.where(field == 0, tl.load(positions + b), values)
     tl.store(fields + b * FIELDS + field, values)
 
 

@@ -8,14 +8,16 @@ import torch
 
 from stellarbyte.backends.gpu.adapters import Adapters, SideStream
 from stellarbyte.backends.gpu.graphs import Graphs
-from stellarbyte.backends.gpu.model import TritonModel
+from stellarbyte.backends.gpu.model import Attend, TritonModel
 from stellarbyte.backends.gpu.prompts import (
     MAX_PADDED_SAMPLES,
     MAX_PADDED_TOKENS,
+    MAX_VERIFIED_TOKENS,
     Prompts,
     PromptShape,
     PromptTensors,
     shape_of,
+    verified_shape,
 )
 from stellarbyte.backends.gpu.replaced import add_embeddings
 from stellarbyte.backends.gpu.slots import (
@@ -30,7 +32,13 @@ from stellarbyte.backends.gpu.slots import (
     store_tokens,
 )
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.ops.triton.attention import DecodeScratch, decode_attention, num_multiprocessors_of, num_splits_for
+from stellarbyte.ops.triton.attention import (
+    DecodeScratch,
+    decode_attention,
+    num_multiprocessors_of,
+    num_splits_for,
+    write_kv,
+)
 from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, Addend, LoraRows, LoraScratch
 from stellarbyte.ops.triton.paged import PagedRows
 from stellarbyte.ops.triton.sampler import SamplerScratch, sample
@@ -55,6 +63,7 @@ class Prefill(NamedTuple):
     shape: PromptShape
     truncates: bool
     beyond_plain: bool = False  # as in `Decoding`
+    verifies: bool = False  # each token is sampled after, and attends as in steps that decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +84,23 @@ class Steps:
         max_rows: largest number of sequences in a decoding step, and number of slots.
         max_tokens: largest number of prompt tokens in a step.
         table_entries: length of a block table (see `paged.PagedRows`).
+        max_drafted: largest number of tokens of drafts in a step; 0: there are no drafts.
     """
 
     def __init__(
-        self, model: TritonModel, cache: PagedKVCache, *, max_rows: int, max_tokens: int, table_entries: int
+        self,
+        model: TritonModel,
+        cache: PagedKVCache,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        table_entries: int,
+        max_drafted: int = 0,
     ) -> None:
         self.model = model
         self.cache = cache
         self.max_tokens = max_tokens
+        self.max_drafted = max_drafted
         device, dtype = model.device, model.embedding_VC.dtype
         config = model.config
         furthest = max(window or config.max_position_embeddings for window in config.windows)
@@ -99,15 +117,18 @@ class Steps:
         self._logits_BV = torch.empty(max_rows, vocab_size, dtype=dtype, device=device)
         self._tokens_B = torch.zeros(max_rows, dtype=torch.int32, device=device)
         max_samples = max(max_rows, MAX_PADDED_SAMPLES)  # of prompts
+        if max_drafted:
+            max_samples = max(max_rows + max_drafted, MAX_VERIFIED_TOKENS)
         self._prompt_fields_RF = torch.zeros(max_samples, NUM_FIELDS, dtype=torch.int32, device=device)
         self._prompt_tokens_R = torch.zeros(max_samples, dtype=torch.int32, device=device)
         most_parts = (
             max_tokens // PROMPT_SEGMENT_ROWS + max_tokens + 128
         )  # tiles or segments of sequences of any lengths
-        most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 3 * max_samples + 5 * most_parts + 64
+        most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 4 * max_samples + 5 * most_parts + 64
         self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
         self._num_multiprocessors = num_multiprocessors_of(device)
-        self._attention_scratch = DecodeScratch.make(max_rows, model.heads, self._num_multiprocessors, device)
+        max_attending = max(max_rows, MAX_VERIFIED_TOKENS) if max_drafted else max_rows
+        self._attention_scratch = DecodeScratch.make(max_attending, model.heads, self._num_multiprocessors, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
         self._expert_scratch = model.make_expert_scratch(max(max_rows, max_tokens, MAX_PADDED_TOKENS))
         self._lora_scratch = self._side_stream = None
@@ -165,7 +186,14 @@ class Steps:
         store_tokens(memory, memory.rows_B[:count], tokens_B)
 
     def _attend(
-        self, layer: int, qkv_BN: torch.Tensor, addend: Addend | None, rows: PagedRows, num_splits: int
+        self,
+        layer: int,
+        qkv_BN: torch.Tensor,
+        addend: Addend | None,
+        rows: PagedRows,
+        num_splits: int,
+        *,
+        writes: bool = True,
     ) -> torch.Tensor:
         model, config = self.model, self.model.config
         weights = model.layers[layer]
@@ -175,7 +203,7 @@ class Steps:
             self._attention_scratch, self._rotations[layer], model.heads, window=weights.window,
             sink_tokens=config.sink_tokens, score_scale=model.score_scales[layer], softcap=config.attention_softcap,
             softmax_sink_H=weights.softmax_sink_H, q_norm_D=weights.q_norm_D, k_norm_D=weights.k_norm_D,
-            norm_eps=config.rms_norm_eps, num_splits=num_splits, addend=addend,
+            norm_eps=config.rms_norm_eps, num_splits=num_splits, addend=addend, writes=writes,
         )  # fmt: skip
         return out_BA
 
@@ -196,7 +224,8 @@ class Steps:
     def prefill(
         self, prompts: Prompts, *, truncates: bool, wants_hidden: bool = False, beyond_plain: bool = False
     ) -> Computed:
-        """Compute prompt tokens; sample the next tokens of the rows that need them, and store these in their slots.
+        """Compute tokens that the host knows; sample the next tokens of the rows that need them, and store these in
+        their slots. A slot with several such rows has any of these tokens then (see `settle`).
 
         Args:
             truncates: any row that samples has top_k, top_p or min_p.
@@ -204,14 +233,20 @@ class Steps:
             beyond_plain: any sequence's adapter has DoRA, a head or an embedding.
         """
         num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
+        assert num_samples <= len(self._prompt_tokens_R), "drafts have more tokens than `max_drafted`"
+        verifies = bool(self.max_drafted) and num_tokens == num_samples <= MAX_VERIFIED_TOKENS
         captured = not wants_hidden and num_tokens <= MAX_PADDED_TOKENS and num_samples <= MAX_PADDED_SAMPLES
-        key = Prefill(shape_of(prompts, padded=captured), truncates, beyond_plain)
-        inputs = key.shape.unpack(self._upload.copy(key.shape.pack(prompts), self._prompt_numbers))
+        shape = verified_shape(prompts) if verifies else shape_of(prompts, padded=captured)
+        key = Prefill(shape, truncates, beyond_plain, verifies)
+        inputs = shape.unpack(self._upload.copy(shape.pack(prompts), self._prompt_numbers))
 
         def program() -> tuple[torch.Tensor, torch.Tensor]:
-            return self._prefill(inputs, truncates, beyond_plain)
+            return self._prefill(inputs, truncates, beyond_plain, verifies)
 
-        hidden_TC, logits_RV = program() if not captured else self._graphs.run(key, program, will_recur=False)
+        if captured or (verifies and not wants_hidden):
+            hidden_TC, logits_RV = self._graphs.run(key, program, will_recur=False)
+        else:
+            hidden_TC, logits_RV = program()
         return Computed(
             logits_RV=logits_RV[:num_samples],
             tokens_R=self._prompt_tokens_R[:num_samples],
@@ -219,10 +254,15 @@ class Steps:
             hidden_TC=hidden_TC if wants_hidden else None,
         )
 
-    def _prefill(self, inputs: PromptTensors, truncates: bool, beyond_plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prefill(
+        self, inputs: PromptTensors, truncates: bool, beyond_plain: bool, verifies: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         model, memory = self.model, self.memory
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
-        attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
+        if verifies:
+            attend = self._attend_together(rows)
+        else:
+            attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
         x_TC, sample_adapters = model.embed(inputs.token_ids_T), None
         if beyond_plain:
             assert inputs.adapters is not None
@@ -235,17 +275,40 @@ class Steps:
         logits_RV = model.head(hidden_TC[inputs.sample_rows_R], adapters=sample_adapters)
         if num_samples:
             fields_RF, tokens_R = self._prompt_fields_RF[:num_samples], self._prompt_tokens_R[:num_samples]
-            gather_fields(memory, inputs.sample_slots_R, fields_RF)
+            gather_fields(memory, inputs.sample_slots_R, inputs.sample_positions_R, fields_RF)
             sample(logits_RV, sampling_rows(fields_RF), tokens_R, self._sampler_scratch, truncates=truncates)
             store_tokens(memory, inputs.sample_slots_R, tokens_R)
         return hidden_TC, logits_RV
+
+    def _attend_together(self, rows: PagedRows) -> Attend:
+        """Attention of few tokens of each sequence: each shares its keys among as many programs as in decoding, where
+        a tile of a prompt would have one for each head, however long the context is."""
+        model, count = self.model, len(rows.positions_T)
+        num_splits = num_splits_for(count, model.heads.num_kv_heads, self._num_multiprocessors)
+
+        def attend(layer: int, qkv_TN: torch.Tensor, addend: Addend | None) -> torch.Tensor:
+            assert addend is None, "prompts add adapters in place"
+            write_kv(
+                qkv_TN, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows, self._rotations[layer],
+                model.heads, sink_tokens=model.config.sink_tokens, k_norm_D=model.layers[layer].k_norm_D,
+                norm_eps=model.config.rms_norm_eps,
+            )  # fmt: skip
+            return self._attend(layer, qkv_TN, None, rows, num_splits, writes=False)
+
+        return attend
+
+    def settle(self, slots: list[int], positions: list[int], tokens: list[int]) -> None:
+        """Set the newest tokens of slots, and their positions."""
+        memory = self.memory
+        indices = [memory.field_at(slot, field) for field in (POSITION, TOKEN) for slot in slots]
+        memory.update(indices, positions + tokens)
 
     # Preparation
 
     def rehearse(self) -> None:
         """Run the largest steps once, on slot 0, so that their memory can be measured."""
         prompts = Prompts()
-        prompts.add([0] * self.max_tokens, 0, 0, samples=True, bank_slot=0, scale=1.0)
+        prompts.add([0] * self.max_tokens, 0, 0, num_samples=1, bank_slot=0, scale=1.0)
         self.prefill(prompts, truncates=False, wants_hidden=True)
         self.decode(self.row_counts[-1], num_segments=0, truncates=False)
 
@@ -266,4 +329,4 @@ class Steps:
         if isinstance(key, Decoding):
             return lambda: self._decode(*key)
         inputs = key.shape.unpack(self._prompt_numbers)
-        return lambda: self._prefill(inputs, key.truncates, key.beyond_plain)
+        return lambda: self._prefill(inputs, *key[1:])

@@ -70,10 +70,15 @@ def _limit_masks(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
 class Guesses(Drafts):
     """Drafts of random lengths from what is known to come, some tokens of which are wrong."""
 
-    def __init__(self, coming: Mapping[str, list[int]], chance: random.Random) -> None:
-        super().__init__(clock=lambda: 0.0)
+    def __init__(self, coming: Mapping[str, list[int]], chance: random.Random, *, runs_ahead: bool = False) -> None:
+        super().__init__(clock=lambda: 0.0, runs_ahead=runs_ahead)
         self._coming = coming
         self._chance = chance
+        self._runs_ahead = runs_ahead
+
+    def may_draft(self, running: list[Sequence], *, is_ahead: bool = False) -> bool:
+        del running, is_ahead
+        return not self._runs_ahead or self._chance.random() < 0.7
 
     def _draft(self, sequence: Sequence, num_rows: int) -> tuple[int, ...]:
         del num_rows
@@ -85,7 +90,7 @@ class Guesses(Drafts):
         return tuple(draft)
 
 
-class _ResidentAdapters:
+class ResidentAdapters:
     """A registry of adapters that are always in their slots."""
 
     def __init__(self, versions: Mapping[str, AdapterVersion]) -> None:
@@ -127,7 +132,7 @@ def drafting_core(
     for slot, name in enumerate(("a", "b"), 1):
         bank.fill(slot, random_adapter(config, slot).packed(config))
         versions[name] = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
-    adapters: Adapters = _ResidentAdapters(versions)  # type: ignore[assignment]
+    adapters: Adapters = ResidentAdapters(versions)  # type: ignore[assignment]
     runner = PlanRunner(HostExecutor(backend(model, config, bank), cache, scheduler.layout))
     grammars = GRAMMARS if tokenizer is None else GrammarCompiler(tokenizer, frozenset(), config.vocab_size)
     tokenizer = TOKENIZER if tokenizer is None else tokenizer
@@ -143,12 +148,12 @@ def compiled(text: str) -> TokenGrammar:
     return grammar
 
 
-def random_request(chance: random.Random, name: str) -> GenerationRequest:
+def random_request(chance: random.Random, name: str, most_tokens: int = 40) -> GenerationRequest:
     """Any mix of sampling, penalties, ends, log-probabilities, adapters, scales and grammars."""
     prompt = [chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 30))]
     if chance.random() < 0.3:
         prompt = (prompt[:5] * 7)[: chance.randint(6, 30)]
-    max_tokens = chance.randint(1, 40)
+    max_tokens = chance.randint(1, most_tokens)
     fields: dict[str, Any] = {"return_token_ids": True, "seed": chance.randrange(2**63)}
     mixes: list[dict[str, Any]] = [
         {"temperature": chance.choice([0.3, 1.0]), "top_p": chance.choice([0.7, 1.0]), "top_k": chance.choice([0, 9])},

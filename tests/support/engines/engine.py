@@ -69,6 +69,7 @@ def make_scheduler(
     sink_tokens: int = 0,
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 64,
+    max_draft_tokens: int | None = None,
     max_prefill_tokens: int | None = None,
     max_model_len: int = 10_000,
     max_queued_requests: int = 1000,
@@ -82,6 +83,7 @@ def make_scheduler(
     limits = SchedulerLimits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_draft_tokens=max_draft_tokens,
         max_prefill_tokens=max_prefill_tokens,
         max_model_len=max_model_len,
         max_queued_requests=max_queued_requests,

@@ -15,16 +15,19 @@ from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.transformer import ByteTransformer
+from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.engine.run.runner import PlanRunner, PlanStep
 from stellarbyte_server.engine.run.slot_executor import SlotExecutor
 from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import GenerationRequest
+from tests.support.engines.drafting import GRAMMARS, TOKENIZER, ResidentAdapters
 from tests.support.engines.engine import generated, is_complete, make_request, make_scheduler
 from tests.support.engines.engine_core import make_core
-from tests.support.models.adapters import NO_FILES, RandomAdapter
+from tests.support.models.adapters import NO_FILES, RandomAdapter, random_adapter
 
 
 @contextmanager
@@ -55,6 +58,7 @@ class GpuEngine:
         adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
         quantization: str = "none",
         kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
+        max_drafted: int = 0,
         **options: Any,
     ) -> None:
         config = model.config if config is None else config
@@ -63,6 +67,7 @@ class GpuEngine:
             window=max(windows) if all(windows) else None,
             sink_tokens=config.sink_tokens if any(windows) else 0,
             num_steps_ahead=SlotExecutor.num_steps_ahead,
+            max_draft_tokens=max_drafted,
             **options,
         )
         layout, limits = self.scheduler.layout, self.scheduler.limits
@@ -86,6 +91,7 @@ class GpuEngine:
             max_rows=limits.max_num_seqs,
             max_tokens=limits.max_num_batched_tokens,
             table_entries=layout.peak_blocks(limits.max_model_len, limits.max_num_batched_tokens) + 1,
+            max_drafted=max_drafted,
         )
         self.executor = SlotExecutor(self.steps, layout, limits.max_num_seqs)
         self.runner = PlanRunner(self.executor)
@@ -161,7 +167,10 @@ class GpuEngine:
 
     def rehearsal(self) -> Steps:
         """Other steps of the same model and sizes, over a cache of nobody's."""
-        steps = self.steps
+        return self.rehearsal_of(self.steps)
+
+    @staticmethod
+    def rehearsal_of(steps: Steps) -> Steps:
         cache = PagedKVCache(
             steps.model.config, 1, steps.cache.block_size, steps.cache.keys_LBSKD.dtype, steps.model.device
         )
@@ -171,6 +180,7 @@ class GpuEngine:
             max_rows=steps.row_counts[-1],
             max_tokens=steps.max_tokens,
             table_entries=steps.memory.tables_SE.shape[1],
+            max_drafted=steps.max_drafted,
         )
 
     def core(self) -> EngineCore:
@@ -184,3 +194,15 @@ class GpuEngine:
         planner.release_ended()
         assert sorted(planner._free) == list(range(1, planner._num_slots + 1))
         assert planner._num_slots <= self.scheduler.limits.max_num_seqs
+
+
+def gpu_drafting_core(
+    model: ByteTransformer, drafts: Drafts | None, device: torch.device, most_drafted: int = 64, **options: Any
+) -> EngineCore:
+    """As `drafting.drafting_core`: a core with the adapters "a" and "b". Within `own_stream` only."""
+    adapters = {name: random_adapter(model.config, slot) for slot, name in enumerate(("a", "b"), 1)}
+    max_drafted = 0 if drafts is None else most_drafted
+    engine = GpuEngine(model, device, adapters=adapters, max_drafted=max_drafted, **options)
+    assert engine.executor.takes_drafts is (drafts is not None)
+    resident: Adapters = ResidentAdapters(engine.versions)  # type: ignore[assignment]
+    return EngineCore(engine.scheduler, engine.runner, TOKENIZER, frozenset({256}), resident, GRAMMARS, drafts=drafts)

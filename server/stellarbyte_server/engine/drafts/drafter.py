@@ -23,6 +23,8 @@ _FIRST_CREDIT = 0.5  # steps
 _CREDIT_OF_TOKEN = 0.02
 _MOST_CREDIT = 3.0
 _TRIED_EVERY = 16  # tokens, while drafts are not worth their time
+_FIRST_GAIN = 0.5  # steps
+_LEARNS_GAIN = 0.3  # share of a new draft in the average
 _EXPECTED_TOKENS = 512  # of an answer, for the size of tables
 
 
@@ -38,6 +40,9 @@ class Drafter:
         self._credited_at = num_prompt  # tokens
         self._tried_at = 0  # tokens, at the last guess
         self._drafted: list[Drafted] = []  # the last draft
+        self._paid = 0.0  # for delays of the batch
+        self.gain = _FIRST_GAIN
+        """Average of the steps that a draft saved, less those that it cost."""
 
     def propose(self, tokens: "array[int]", token_cost: float) -> tuple[int, ...]:
         """Guesses of the tokens after `tokens`, prompt and answer; `token_cost` as of `StepCosts`."""
@@ -75,12 +80,37 @@ class Drafter:
     def _read(self, tokens: "array[int]") -> None:
         """Take what was added to the answer."""
         self._drafted = []
-        self._credit = min(_MOST_CREDIT, self._credit + _CREDIT_OF_TOKEN * (len(tokens) - self._credited_at))
-        self._credited_at = len(tokens)
+        self._earn(len(tokens))
         for table in self._tables.values():
             table.extend(tokens)
         if self._predicted is not None:
             self._predicted.read(tokens, self._num_prompt)
+
+    def _earn(self, num_tokens: int) -> None:
+        """Add to the credit for the tokens since the last time, of so many in all."""
+        earned = _CREDIT_OF_TOKEN * (num_tokens - self._credited_at)
+        self._credit, self._credited_at = min(_MOST_CREDIT, self._credit + earned), num_tokens
+
+    def can_pay(self, steps: float, num_tokens: int) -> bool:
+        """Whether its credit, after so many tokens in all, is enough for that."""
+        self._earn(num_tokens)
+        return self._credit >= steps
+
+    def pay(self, steps: float) -> None:
+        """Pay for a delay of the batch, before or after its draft."""
+        self._credit -= steps
+        self._paid += steps
+
+    def note_none(self) -> None:
+        """There was no draft after the newest token."""
+        self._note_gain(0.0, 0)
+
+    def _note_gain(self, gain: float, num_forced: int) -> None:
+        """The gain of a draft, and how many of its tokens were forced and right. These were not paid for, but save the
+        time of waiting."""
+        self.gain += _LEARNS_GAIN * (gain - self.gain)
+        self._credit += min(self._paid, num_forced)
+        self._paid = 0.0
 
     def _is_due(self, tokens: "array[int]") -> bool:
         """Whether a guess may be tried that is not likely to pay off."""
@@ -128,7 +158,10 @@ class Drafter:
     def note(self, num_drafted: int, num_accepted: int) -> None:
         """The first tokens of the last draft were verified."""
         has_right_guess = False
-        for place, (source, cost) in enumerate(self._drafted[:num_drafted]):
+        drafted = self._drafted[:num_drafted]
+        num_forced = sum([source == FORCED for source, _ in drafted[:num_accepted]])
+        self._note_gain(num_accepted - sum([cost or 0.0 for _, cost in drafted]), num_forced)
+        for place, (source, cost) in enumerate(drafted):
             is_right = place < num_accepted
             if cost is None or (source == FORCED and is_right):
                 continue  # a step costs the same without guesses

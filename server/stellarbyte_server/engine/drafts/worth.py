@@ -35,6 +35,13 @@ class StepCosts:
             start, slope = self._line()
         return slope * num_rows / (start + slope * num_rows)
 
+    def duration(self, num_tokens: int) -> float:
+        """Expected duration of a step in seconds; 0: unknown."""
+        if not self._seconds:
+            return 0.0
+        start, slope = self._line()
+        return start + slope * num_tokens
+
     def cost_of(self, seconds: float, num_rows: int) -> float:
         """What so many seconds more cost, in the same unit; 0 until steps were measured."""
         if not self._seconds:

@@ -7,7 +7,8 @@ from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte_server.engine.run.device_errors import device_errors, require_device
-from stellarbyte_server.engine.run.host_step import HostSlot, HostStep, Row, Sampled, sampled_tokens
+from stellarbyte_server.engine.run.executor_slot import Row, Sampled, sampled_tokens
+from stellarbyte_server.engine.run.host_step import HostSlot, HostStep
 from stellarbyte_server.engine.run.step_plan import StepPlan
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 
@@ -43,7 +44,7 @@ class HostExecutor:
     def prepare(self) -> bool:
         return False
 
-    def _rows(self, plan: StepPlan) -> list[Row]:
+    def _rows(self, plan: StepPlan) -> list[Row[HostSlot]]:
         """Apply a plan's changes; returns the rows to compute."""
         slots = self._slots
         for number in plan.ended:
@@ -63,7 +64,7 @@ class HostExecutor:
         return rows
 
 
-def make_batch(rows: list[Row], sampled: list[Sampled], device: torch.device) -> ForwardBatch:
+def make_batch(rows: list[Row[HostSlot]], sampled: list[Sampled[HostSlot]], device: torch.device) -> ForwardBatch:
     """The flat row of tokens and the block tables of a step, on `device`."""
     token_ids: list[int] = []
     positions: list[int] = []
@@ -110,7 +111,7 @@ def make_batch(rows: list[Row], sampled: list[Sampled], device: torch.device) ->
     )
 
 
-def _num_plain(rows: list[Row]) -> tuple[int, ...]:
+def _num_plain(rows: list[Row[HostSlot]]) -> tuple[int, ...]:
     """The tokens of each row before its adapter's first one; (): there are none."""
     if not any([row.slot.begin.adapter_start > row.start for row in rows]):
         return ()

@@ -6,7 +6,6 @@ forces is the draft's own: it takes neither logits nor sampling.
 """
 
 from array import array
-from typing import NamedTuple
 
 import torch
 
@@ -15,7 +14,7 @@ from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.sampling.adjustment import RowAdjustment
 from stellarbyte.sampling.sampler import NO_TOKEN
 from stellarbyte_server.engine.run.device_errors import device_errors
-from stellarbyte_server.engine.run.executor_slot import ExecutorSlot
+from stellarbyte_server.engine.run.executor_slot import ExecutorSlot, Row, Sampled, extend_along, is_forced, keep
 from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
 from stellarbyte_server.engine.run.step_plan import Finish, SlotBegin, StepResult, TableChange
 from stellarbyte_server.engine.state.block_pool import BlockTable, CacheLayout
@@ -39,45 +38,6 @@ class HostSlot(ExecutorSlot):
         table.start_after(sinks, change.num_freed, live[len(live) - num_live :])
 
 
-class Row(NamedTuple):
-    """Tokens start..start+length of a sequence."""
-
-    slot: HostSlot
-    start: int
-    length: int
-    samples: bool
-    draft: tuple[int, ...] = ()  # the last of these tokens
-
-    @property
-    def num_known(self) -> int:
-        """Tokens of the sequence."""
-        return self.start + self.length - len(self.draft)
-
-    def token_ids(self) -> "array[int]":
-        known = self.slot.tokens[self.start : self.num_known]
-        return known + array("I", self.draft) if self.draft else known
-
-
-class Sampled(NamedTuple):
-    """A token that a step samples."""
-
-    number: int  # of the row
-    row: Row
-    depth: int  # tokens of the row's draft before it
-
-
-def sampled_tokens(rows: list[Row]) -> list[Sampled]:
-    """The tokens that a step samples, by depth, then by row."""
-    sampled = [Sampled(number, row, 0) for number, row in enumerate(rows) if row.samples]
-    drafted = [each for each in sampled if each.row.draft]
-    depth = 1
-    while drafted:
-        sampled += [Sampled(number, row, depth) for number, row, _ in drafted]
-        depth += 1
-        drafted = [each for each in drafted if len(each.row.draft) >= depth]
-    return sampled
-
-
 class _AdaptedHead:
     """A model's last part for rows of one sequence."""
 
@@ -95,8 +55,8 @@ class HostStep:
     def __init__(
         self,
         model: ServedModel,
-        rows: list[Row],
-        sampled: list[Sampled],
+        rows: list[Row[HostSlot]],
+        sampled: list[Sampled[HostSlot]],
         batch: ForwardBatch,
         hidden_TC: torch.Tensor,
     ) -> None:
@@ -156,7 +116,7 @@ class HostStep:
             rows = [chosen[place].number for place in scored]
             add_logprobs(self._result, rows, num_top, scored_RV[entries], [tokens[drawn[place]] for place in scored])
 
-    def _adjust(self, chosen: list[Sampled], logits_RV: torch.Tensor, finish: Finish) -> None:
+    def _adjust(self, chosen: list[Sampled[HostSlot]], logits_RV: torch.Tensor, finish: Finish) -> None:
         """Adjust all logits. A slot has one state of penalties, so its tokens are adjusted one after another, and
         between them it gets the draft's tokens."""
         vocab_size = logits_RV.shape[-1]
@@ -168,7 +128,7 @@ class HostStep:
             for number, row, _ in chosen[start:stop]:
                 slot = row.slot
                 if depth:
-                    slot.tokens.extend(row.draft[len(slot.tokens) - row.num_known : depth])
+                    extend_along(row, depth)
                 is_over = number in finish.over
                 mask = finish.mask(number, depth)
                 adjustments.append(None if is_over else slot.adjustment.before(slot.tokens, mask, vocab_size))
@@ -178,22 +138,8 @@ class HostStep:
     def _keep(self, tokens: dict[int, int]) -> set[int]:
         """Put what was sampled into the result and the slots, of each row up to the first token that differs from its
         draft; returns the indices in `tokens` of these."""
-        result, kept = self._result, set[int]()
-        goes_on = [True] * len(self._rows)
-        for i, (number, row, depth) in enumerate(self._sampled):
-            if not goes_on[number]:
-                continue
-            token = tokens.get(i, NO_TOKEN)
-            if depth and token == NO_TOKEN:
-                goes_on[number] = False  # the next step begins here, and finds the same
-                continue
-            if token == NO_TOKEN:
-                result.not_sampled.append(number)
-                token = 0  # the sequence ends, but a step ahead still computes it
-            kept.add(i)
-            result.tokens[number].append(token)
-            goes_on[number] = depth < len(row.draft) and token == row.draft[depth]
-        for row, kept_tokens in zip(self._rows, result.tokens, strict=True):
+        kept = keep(self._sampled, tokens, self._result)
+        for row, kept_tokens in zip(self._rows, self._result.tokens, strict=True):
             if row.draft:
                 row.slot.tokens[row.num_known :] = array("I", kept_tokens)
                 row.slot.adjustment.rewind(row.num_known + len(kept_tokens) - 1)
@@ -202,10 +148,10 @@ class HostStep:
         return kept
 
 
-def _forced_tokens(sampled: list[Sampled], hidden_RC: torch.Tensor, finish: Finish) -> dict[int, int]:
+def _forced_tokens(sampled: list[Sampled[HostSlot]], hidden_RC: torch.Tensor, finish: Finish) -> dict[int, int]:
     """The tokens of drafts that a grammar forces, by index in `sampled`; NO_TOKEN after hidden states that are not
     finite."""
-    forced = [i for i, (number, _, depth) in enumerate(sampled) if finish.mask(number, depth) == b""]
+    forced = [i for i, each in enumerate(sampled) if is_forced(finish, each)]
     if not forced:
         return {}
     is_finite = hidden_RC[forced].isfinite().all(dim=-1).tolist()

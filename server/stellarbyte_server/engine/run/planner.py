@@ -91,6 +91,12 @@ def masks_along(grammar: TokenMask, draft: tuple[int, ...], *, skips_forced: boo
     return masks
 
 
+def _planned(chunk: Chunk, slot: int, *, knows_newest: bool) -> PlannedChunk:
+    sequence, start, length, samples, draft = chunk
+    newest = sequence.tokens[start + length - len(draft) - 1] if knows_newest and samples else 0
+    return PlannedChunk(slot, start, length, samples, draft, newest)
+
+
 def _allows(words_W: np.ndarray, token: int) -> bool:
     return token // 32 < len(words_W) and bool(words_W[token // 32] >> np.uint32(token % 32) & np.uint32(1))
 
@@ -156,6 +162,7 @@ class Planner:
         slots: list[_Slot] = []
         decodes: list[int] = []  # numbers of chunks
         others: list[int] = []
+        has_drafts = any([chunk.draft for chunk in chunks])
         for number, chunk in enumerate(chunks):
             sequence = chunk.sequence
             slot = self._slots.get(sequence)
@@ -164,7 +171,7 @@ class Planner:
             if slot.table_changes != sequence.table.changes:
                 tables.append(self._table_change(sequence, slot))
             slots.append(slot)
-            if slot.decodes and chunk.length == 1:
+            if slot.decodes and chunk.length == 1 and not has_drafts:
                 decodes.append(number)
             else:
                 others.append(number)
@@ -184,7 +191,7 @@ class Planner:
             tables=tables,
             decode_slots=None if is_same else [slots[number].number for number in decodes],
             decode_starts=[] if is_same else [chunks[number].start for number in decodes],
-            chunks=[PlannedChunk(slots[number].number, *chunks[number][1:]) for number in others],
+            chunks=[_planned(chunks[number], slots[number].number, knows_newest=has_drafts) for number in others],
         )
         self._ended = []
         self._decoding = decoding

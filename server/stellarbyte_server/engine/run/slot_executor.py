@@ -10,13 +10,15 @@ from stellarbyte.backends.gpu import slots
 from stellarbyte.backends.gpu.preparation import Preparation
 from stellarbyte.backends.gpu.prompts import Prompts
 from stellarbyte.backends.gpu.slots import float_bits
-from stellarbyte.backends.gpu.steps import Steps
+from stellarbyte.backends.gpu.steps import Computed, Steps
 from stellarbyte.ops.triton.lora import segments
 from stellarbyte.sampling.sampler import choice_state
 from stellarbyte_server.engine.run.device_errors import device_errors, require_device
 from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
+from stellarbyte_server.engine.run.executor_slot import Row
 from stellarbyte_server.engine.run.slot_step import ResidentSlot, SlotStep
 from stellarbyte_server.engine.run.step_plan import SlotBegin, StepPlan, TableChange
+from stellarbyte_server.engine.run.verifying_step import VerifyingStep
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.garbage import keep_for_good
 
@@ -27,12 +29,12 @@ class SlotExecutor:
     """Engine thread only."""
 
     num_steps_ahead = 1
-    takes_drafts = False  # the host knows too late what they would follow
 
     def __init__(
         self, steps: Steps, layout: CacheLayout, max_rows: int, preparation: Preparation | None = None
     ) -> None:
         self._steps = steps
+        self.takes_drafts = steps.max_drafted > 0
         self.cache = steps.cache
         self._preparation = preparation
         self._num_sink_blocks = layout.num_sink_blocks
@@ -83,18 +85,14 @@ class SlotExecutor:
 
     def _start(self, plan: StepPlan) -> "SlotStep":
         self._note(plan)
+        if any([chunk.draft for chunk in plan.chunks]):
+            return self._start_verifying(plan)
         decoding = self._rows
-        prompts, prompt_slots = Prompts(), [self._slots[chunk.slot] for chunk in plan.chunks]
-        for slot, chunk in zip(prompt_slots, plan.chunks, strict=True):
+        prompt_slots = [self._slots[chunk.slot] for chunk in plan.chunks]
+        for chunk in plan.chunks:
             if chunk.samples:
                 self._set(chunk.slot, slots.POSITION, chunk.start + chunk.length)
-            prompts.add(
-                slot.tokens[chunk.start : chunk.start + chunk.length].tolist(), chunk.start, chunk.slot,
-                samples=chunk.samples, bank_slot=slot.begin.adapter_slot, scale=slot.begin.adapter_scale,
-                num_plain=slot.num_plain(chunk.start, chunk.length),
-            )  # fmt: skip
-        self._steps.memory.update(self._indices, self._values)
-        self._indices, self._values = [], []
+        self._upload()
         step = SlotStep(self._steps, self._pinned[0], len(decoding) + len(prompt_slots))
         self._pinned.append(self._pinned.pop(0))
         if decoding:
@@ -106,18 +104,56 @@ class SlotExecutor:
             )
             step.add_part(computed, [decoding[i] for i in self._order], self._order, self._needs_host)
         if prompt_slots:  # after decoding: graphs share memory, including this one's logits
+            rows = [
+                Row(slot, chunk.start, chunk.length, chunk.samples)
+                for slot, chunk in zip(prompt_slots, plan.chunks, strict=True)
+            ]
+            computed = self._prefill(plan, rows, [row.token_ids().tolist() for row in rows])
             sampling = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
-            wants_hidden = any([slot.wants_hidden for slot in prompt_slots])
-            computed = self._steps.prefill(
-                prompts, truncates=any([prompt_slots[i].truncates for i in sampling]), wants_hidden=wants_hidden,
-                beyond_plain=any([slot.begin.adapter_slot in self._slots_beyond_plain for slot in prompt_slots]),
-            )  # fmt: skip
             sampled = [prompt_slots[i] for i in sampling]
             needs_host = any([slot.needs_host for slot in sampled])
             step.add_part(computed, sampled, [len(decoding) + i for i in sampling], needs_host)
-            if wants_hidden:
+            if computed.hidden_TC is not None:
                 step.prompts = list(zip(prompt_slots, plan.chunks, strict=True))
         return step
+
+    def _start_verifying(self, plan: StepPlan) -> "VerifyingStep":
+        """A step with drafts: no slot decodes."""
+        self._upload()
+        rows = [Row(self._slots[c.slot], c.start, c.length, c.samples, c.draft) for c in plan.chunks]
+        token_ids = []
+        for row, chunk in zip(rows, plan.chunks, strict=True):
+            if row.samples:  # the slot may lack the newest token
+                known = row.slot.tokens[row.start : row.num_known - 1].tolist()
+                token_ids.append([*known, chunk.newest_token_id, *row.draft])
+            else:
+                token_ids.append(row.token_ids().tolist())
+        computed = self._prefill(plan, rows, token_ids)
+        step = VerifyingStep(self._steps, rows, [chunk.slot for chunk in plan.chunks], computed)
+        if computed.hidden_TC is not None:
+            step.prompts = list(zip([row.slot for row in rows], plan.chunks, strict=True))
+        return step
+
+    def _prefill(self, plan: StepPlan, rows: list[Row[ResidentSlot]], token_ids: list[list[int]]) -> Computed:
+        """Compute the chunks of a plan."""
+        prompts = Prompts()
+        for row, chunk, ids in zip(rows, plan.chunks, token_ids, strict=True):
+            begin = row.slot.begin
+            prompts.add(
+                ids, row.start, chunk.slot, num_samples=1 + len(row.draft) if row.samples else 0,
+                bank_slot=begin.adapter_slot, scale=begin.adapter_scale,
+                num_plain=row.slot.num_plain(row.start, row.length),
+            )  # fmt: skip
+        return self._steps.prefill(
+            prompts,
+            truncates=any([row.slot.truncates for row in rows if row.samples]),
+            wants_hidden=any([row.slot.wants_hidden and row.start < row.slot.begin.num_prompt for row in rows]),
+            beyond_plain=any([row.slot.begin.adapter_slot in self._slots_beyond_plain for row in rows]),
+        )
+
+    def _upload(self) -> None:
+        self._steps.memory.update(self._indices, self._values)
+        self._indices, self._values = [], []
 
     def _note(self, plan: StepPlan) -> None:
         """Apply a plan's changes, and upload those that the GPU needs."""

@@ -80,7 +80,7 @@ class SlotStep:
             if part.needs_host:
                 self._sample_by_host(part, finish)
         if self.prompts:
-            self._read_prompts()
+            self._read_prompts(self.parts[-1].computed)
         start = 0
         for part in self.parts:
             count = len(part.rows)
@@ -134,8 +134,8 @@ class SlotStep:
             num_top = [part.sampling[i].sampling.logprobs or 0 for i in scored]
             add_logprobs(self._result, [part.rows[i] for i in scored], num_top, logits_RV[scored], tokens)
 
-    def _read_prompts(self) -> None:
-        hidden_TC = self.parts[-1].computed.hidden_TC
+    def _read_prompts(self, computed: Computed) -> None:
+        hidden_TC = computed.hidden_TC
         assert hidden_TC is not None
         first_row = len(self._result.tokens) - len(self.prompts)
         start = 0

@@ -53,7 +53,8 @@ class PlannedChunk(msgspec.Struct, frozen=True, array_like=True):
     """Tokens start..start+length of a slot's sequence, all of them known to the host.
 
     The last ones may be a draft: guesses, of which the step keeps those that it would have sampled, up to the first
-    that differs, and the token sampled in its place, or after all of them. Only for executors that take drafts.
+    that differs, and the token sampled in its place, or after all of them. Only for executors that take drafts, and
+    not while another step is in flight; the plan has no decoding slots then, but chunks of one token.
     """
 
     slot: int
@@ -61,6 +62,7 @@ class PlannedChunk(msgspec.Struct, frozen=True, array_like=True):
     length: int
     samples: bool  # sample the token after them
     draft: tuple[int, ...] = ()  # the last of these tokens
+    newest_token_id: int = 0  # the one before the draft; only in plans with drafts, of chunks that sample
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

@@ -116,12 +116,14 @@ class Filling:
         return kept
 
 
-def with_drafts(chunks: list[Chunk], admission: Admission, budget: int) -> list[Chunk]:
-    """The chunks of a step, each longer by its sequence's draft, as far as `budget` tokens and the free blocks go.
+def with_drafts(chunks: list[Chunk], admission: Admission, limits: SchedulerLimits) -> list[Chunk]:
+    """The chunks of a step, each longer by its sequence's draft, as far as the limits and the free blocks go.
 
     A draft preempts no sequence, and leaves a free block to each running one.
     """
-    budget -= sum([chunk.length for chunk in chunks])
+    budget = limits.max_num_batched_tokens - sum([chunk.length for chunk in chunks])
+    if limits.max_draft_tokens is not None:
+        budget = min(budget, limits.max_draft_tokens)
     pool, num_kept = admission.pool, len(admission.running)
     extended: list[Chunk] = []
     for chunk in chunks:

@@ -229,7 +229,7 @@ class Scheduler:
         `has_drafts`: sequences may have drafts, which get what is left of the step's tokens.
         """
         chunks = self._choose()
-        return with_drafts(chunks, self._admission, self.limits.max_num_batched_tokens) if has_drafts else chunks
+        return with_drafts(chunks, self._admission, self.limits) if has_drafts else chunks
 
     def _choose(self) -> list[Chunk]:
         """The chunks of a step without drafts."""

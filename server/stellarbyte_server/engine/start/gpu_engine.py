@@ -31,6 +31,7 @@ def make_gpu_executor(
     cache_dtype: torch.dtype,
     max_num_seqs: int,
     step_tokens: int,
+    max_drafted: int,
     gpu_memory_utilization: float,
     kv_cache_memory: int | None,
 ) -> tuple[SlotExecutor, ServingPlan]:
@@ -40,6 +41,7 @@ def make_gpu_executor(
 
     Args:
         plan_for: what is served with so many bytes of cache.
+        max_drafted: most tokens of drafts in a step; 0: no drafts.
         cache_dtype: the model's, or torch.float8_e4m3fn.
         kv_cache_memory: bytes for the cache; None: what `gpu_memory_utilization` leaves beside all else.
     """
@@ -48,7 +50,7 @@ def make_gpu_executor(
     whole = plan_for(2**62)
     sizes = _Sizes(
         model=model.with_windows_of(whole.config), layout=whole.cache.layout, cache_dtype=cache_dtype,
-        max_rows=max_num_seqs, max_tokens=step_tokens,
+        max_rows=max_num_seqs, max_tokens=step_tokens, max_drafted=max_drafted,
     )  # fmt: skip
     _compile_first_kernels(sizes)
     if kv_cache_memory is None:
@@ -71,13 +73,17 @@ class _Sizes:
     cache_dtype: torch.dtype
     max_rows: int
     max_tokens: int
+    max_drafted: int
 
     def steps(self, num_blocks: int) -> Steps:
         """With a cache of that many blocks and one more, which nobody's slot writes to."""
         model, layout = self.model, self.layout
         cache = PagedKVCache(model.config, num_blocks + 1, layout.block_size, self.cache_dtype, model.device)
         entries = layout.peak_blocks(2**31, self.max_tokens) + 1
-        return Steps(model, cache, max_rows=self.max_rows, max_tokens=self.max_tokens, table_entries=entries)
+        return Steps(
+            model, cache, max_rows=self.max_rows, max_tokens=self.max_tokens, table_entries=entries,
+            max_drafted=self.max_drafted,
+        )  # fmt: skip
 
     def rehearsal(self) -> Steps:
         """What `Preparation` computes on: steps without a cache."""

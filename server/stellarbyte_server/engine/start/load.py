@@ -47,9 +47,11 @@ from stellarbyte_server.engine.start.model_folder import ModelFolder, open_model
 from stellarbyte_server.engine.start.offload import CacheOrigin, make_offload
 from stellarbyte_server.engine.start.ranks import load_ranks, make_bank, refuse_ranks
 from stellarbyte_server.engine.start.serving_plan import (
+    MAX_GPU_DRAFT_TOKENS,
     ServingPlan,
     StartupError,
     concurrency_of,
+    drafts_by,
     plan_serving,
     serving_config,
     share_limits,
@@ -75,8 +77,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         stellarbyte.checkpoint.CheckpointError: the checkpoint is absent, damaged or unsupported.
     """
     device = device_of(settings.device)
-    if settings.speculative == "ngram" and device.type != "cpu":
-        raise StartupError("--speculative ngram needs --device cpu; a GPU takes off.")
+    has_drafts = drafts_by(settings, device.type)
     torch.set_num_threads(num_threads(settings))
     is_dummy = settings.load_format == "dummy"
     path = resolve_model(settings.model, ProgressBar("Converting"), needs_weights=not is_dummy)
@@ -122,6 +123,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     limits = SchedulerLimits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=step_tokens,
+        max_draft_tokens=None if device.type == "cpu" else MAX_GPU_DRAFT_TOKENS,
         max_prefill_tokens=prefill_tokens,
         context_like_a_token=CONTEXT_LIKE_A_TOKEN if device.type == "cpu" else None,
         max_model_len=max_model_len,
@@ -142,7 +144,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
     grammars.prepare()
-    drafts = Drafts() if executor.takes_drafts and settings.speculative != "off" else None
+    drafts = Drafts(runs_ahead=executor.num_steps_ahead > 0) if has_drafts else None
     logger.info("speculative decoding: %s", "off" if drafts is None else "ngram")
     core = EngineCore(
         Scheduler(
@@ -262,6 +264,7 @@ def _make_gpu_executor(
         cache_dtype=cache_dtype,
         max_num_seqs=concurrency_of(settings, "cuda"),
         step_tokens=step_tokens,
+        max_drafted=MAX_GPU_DRAFT_TOKENS if drafts_by(settings, "cuda") else 0,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory=settings.kv_cache_memory,
     )

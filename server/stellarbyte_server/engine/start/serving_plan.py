@@ -14,6 +14,7 @@ from stellarbyte_server.engine.state.block_pool import CacheLayout
 
 logger = logging.getLogger("server.engine")
 
+MAX_GPU_DRAFT_TOKENS = 64  # in a step
 DEFAULT_SINK_TOKENS = 4  # StreamingLLM's: what a model trained without a window needs to go on beyond its context
 
 
@@ -140,6 +141,11 @@ def tokens_a_step(settings: EngineSettings, device_type: str) -> tuple[int, int 
     default, prefill_default = (128, 32) if device_type == "cpu" else (8192, None)
     step_tokens = default if settings.max_num_batched_tokens is None else settings.max_num_batched_tokens
     return step_tokens, prefill_default if settings.max_prefill_tokens is None else settings.max_prefill_tokens
+
+
+def drafts_by(settings: EngineSettings, device_type: str) -> bool:
+    """Whether drafts are verified: on a GPU only if asked for."""
+    return settings.speculative != "off" and (device_type == "cpu" or settings.speculative == "ngram")
 
 
 def share_limits(device_type: str) -> ShareLimits:
