@@ -8,7 +8,7 @@ import torch
 
 from stellarbyte.backends.gpu.adapters import Adapters, SideStream
 from stellarbyte.backends.gpu.graphs import Graphs
-from stellarbyte.backends.gpu.model import TritonModel
+from stellarbyte.backends.gpu.model import Attend, TritonModel
 from stellarbyte.backends.gpu.prompts import (
     MAX_PADDED_SAMPLES,
     MAX_PADDED_TOKENS,
@@ -30,8 +30,14 @@ from stellarbyte.backends.gpu.slots import (
     store_tokens,
 )
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.ops.triton.attention import DecodeScratch, decode_attention, num_multiprocessors_of, num_splits_for
-from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, Addend, LoraRows, LoraScratch
+from stellarbyte.ops.triton.attention import (
+    DecodeScratch,
+    decode_attention,
+    num_multiprocessors_of,
+    num_splits_for,
+    write_kv,
+)
+from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, SEGMENT_ROWS, Addend, LoraRows, LoraScratch
 from stellarbyte.ops.triton.paged import PagedRows
 from stellarbyte.ops.triton.sampler import SamplerScratch, sample
 
@@ -111,11 +117,14 @@ class Steps:
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
         self._expert_scratch = model.make_expert_scratch(max(max_rows, max_tokens, MAX_PADDED_TOKENS))
         self._lora_scratch = self._side_stream = None
+        self._segment_rows = PROMPT_SEGMENT_ROWS if model.is_invariant else SEGMENT_ROWS  # of rows that decode
         if model.bank.num_slots:
-            self._lora_scratch = LoraScratch.make(
-                max(max_rows, max_tokens, MAX_PADDED_TOKENS), model.bank.max_rank, device
-            )
-            self._side_stream = SideStream(model.bank, max_rows)
+            most_rows, max_rank = max(max_rows, max_tokens, MAX_PADDED_TOKENS), model.bank.max_rank
+            if model.is_invariant:  # adapters are added in place, as to prompts
+                self._lora_scratch = LoraScratch.make(most_rows, max_rank, device, max_splits=1)
+            else:
+                self._lora_scratch = LoraScratch.make(most_rows, max_rank, device)
+                self._side_stream = SideStream(model.bank, max_rows)
 
     # Sequences that decode
 
@@ -150,13 +159,13 @@ class Steps:
                 memory.segment_counts_B[:segments],
                 memory.segment_slots_B[:segments],
                 memory.scales_B[:count],
+                self._segment_rows,
             )
             if beyond_plain:
                 add_embeddings(x_BC, fields_BF[:, TOKEN], lora, model.bank, model.embedding_multiplier)
-        num_splits = num_splits_for(count, model.heads.num_kv_heads, self._num_multiprocessors)
         hidden_BC = model.forward(
             x_BC,
-            lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
+            self._by_row(rows) if model.is_invariant else self._by_newest(rows),
             self._adapters(lora, self._side_stream, beyond_plain),
             self._expert_scratch,
         )
@@ -164,8 +173,35 @@ class Steps:
         sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
         store_tokens(memory, memory.rows_B[:count], tokens_B)
 
+    def _by_newest(self, rows: PagedRows) -> Attend:
+        """Attention of the newest tokens; the fewer rows, the more programs share one."""
+        num_splits = num_splits_for(len(rows.positions_T), self.model.heads.num_kv_heads, self._num_multiprocessors)
+        return lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits)
+
+    def _by_row(self, rows: PagedRows) -> Attend:
+        """Attention of newest tokens and of prompts, each row by one program: its bits depend on its own keys alone."""
+        model, config = self.model, self.model.config
+
+        def attend(layer: int, qkv_TN: torch.Tensor, addend: Addend | None) -> torch.Tensor:
+            assert addend is None, "adapters are added in place"
+            write_kv(
+                qkv_TN, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows, self._rotations[layer],
+                model.heads, sink_tokens=config.sink_tokens, k_norm_D=model.layers[layer].k_norm_D,
+                norm_eps=config.rms_norm_eps,
+            )  # fmt: skip
+            return self._attend(layer, qkv_TN, None, rows, 1, stores=False)
+
+        return attend
+
     def _attend(
-        self, layer: int, qkv_BN: torch.Tensor, addend: Addend | None, rows: PagedRows, num_splits: int
+        self,
+        layer: int,
+        qkv_BN: torch.Tensor,
+        addend: Addend | None,
+        rows: PagedRows,
+        num_splits: int,
+        *,
+        stores: bool = True,
     ) -> torch.Tensor:
         model, config = self.model, self.model.config
         weights = model.layers[layer]
@@ -175,7 +211,7 @@ class Steps:
             self._attention_scratch, self._rotations[layer], model.heads, window=weights.window,
             sink_tokens=config.sink_tokens, score_scale=model.score_scales[layer], softcap=config.attention_softcap,
             softmax_sink_H=weights.softmax_sink_H, q_norm_D=weights.q_norm_D, k_norm_D=weights.k_norm_D,
-            norm_eps=config.rms_norm_eps, num_splits=num_splits, addend=addend,
+            norm_eps=config.rms_norm_eps, num_splits=num_splits, addend=addend, stores=stores,
         )  # fmt: skip
         return out_BA
 
@@ -222,12 +258,15 @@ class Steps:
     def _prefill(self, inputs: PromptTensors, truncates: bool, beyond_plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
         model, memory = self.model, self.memory
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
-        attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
+        if model.is_invariant:
+            attend = self._by_row(rows)
+        else:
+            attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
         x_TC, sample_adapters = model.embed(inputs.token_ids_T), None
         if beyond_plain:
             assert inputs.adapters is not None
             add_embeddings(x_TC, inputs.token_ids_T, inputs.adapters, model.bank, model.embedding_multiplier)
-            sample_adapters = inputs.sample_adapters()
+            sample_adapters = inputs.sample_adapters(self._segment_rows)
         hidden_TC = model.forward(
             x_TC, attend, self._adapters(inputs.adapters, None, beyond_plain), self._expert_scratch
         )
