@@ -22,7 +22,7 @@ def placeless_dots() -> Iterator[None]:
 
     builder = interpreter.InterpreterBuilder
 
-    def create_dot(_: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+    def create_dot(_builder: Any, a: Any, b: Any, d: Any, *_options: Any) -> Any:
         product = _product(_numbers(a, d.data.dtype), _numbers(b, d.data.dtype))
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 

@@ -24,20 +24,18 @@ from stellarbyte.backends.gpu.products import (
     rows_of,
 )
 from stellarbyte.backends.gpu.replaced import add_logits
-from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import ATTENDED, ATTENTION_INPUT, GATED, MLP_INPUT
 from stellarbyte.model.residual import deepnorm_alpha
-from stellarbyte.ops.triton.attention import prefill_attention, write_kv
 from stellarbyte.ops.triton.gates import GATES, apply_gate, finish_logits
 from stellarbyte.ops.triton.lora import Addend, LoraRows
 from stellarbyte.ops.triton.moe.layer import has_terms, make_scratch, moe, terms
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.norm import add_branch, add_norm
-from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
+from stellarbyte.ops.triton.paged import HeadShape, Rotations
 from stellarbyte.ops.triton.rotate_write import norm_projections
 from stellarbyte.ops.triton.weights import Weight
 
@@ -179,35 +177,6 @@ class TritonModel:
         """For `forward` on one stream, of up to `max_rows` tokens; None: no layer has experts."""
         layers = [layer.experts for layer in self.layers if layer.experts is not None]
         return make_scratch(min(max_rows, _MAX_EXPERT_ROWS), layers[0].router, layers[0].experts) if layers else None
-
-    def prefill(
-        self,
-        cache: PagedKVCache,
-        rows: PagedRows,
-        tile_starts_X: torch.Tensor,
-        tile_counts_X: torch.Tensor,
-        rotations: list[Rotations],
-    ) -> Attend:
-        """Attention of many tokens of each sequence."""
-
-        def attend(layer: int, qkv_TN: torch.Tensor, addend: Addend | None) -> torch.Tensor:
-            assert addend is None, "prompts add adapters in place"
-            weights, keys, values = self.layers[layer], cache.keys_LBSKD[layer], cache.values_LBSKD[layer]
-            eps, sink_tokens = self.config.rms_norm_eps, self.config.sink_tokens
-            write_kv(
-                qkv_TN, keys, values, rows, rotations[layer], self.heads,
-                sink_tokens=sink_tokens, k_norm_D=weights.k_norm_D, norm_eps=eps,
-            )  # fmt: skip
-            out_TA = qkv_TN.new_empty(len(qkv_TN), self.heads.num_heads * self.heads.head_dim)
-            prefill_attention(
-                qkv_TN, out_TA, keys, values, rows, tile_starts_X, tile_counts_X, rotations[layer],
-                self.heads, window=weights.window, sink_tokens=sink_tokens, score_scale=self.score_scales[layer],
-                softcap=self.config.attention_softcap, softmax_sink_H=weights.softmax_sink_H,
-                q_norm_D=weights.q_norm_D, norm_eps=eps,
-            )  # fmt: skip
-            return out_TA
-
-        return attend
 
     # The layers
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from stellarbyte.backends.gpu.adapters import Adapters, SideStream
+from stellarbyte.backends.gpu.attention import PagedAttention
 from stellarbyte.backends.gpu.graphs import Graphs
-from stellarbyte.backends.gpu.model import Attend, TritonModel
+from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.prompts import (
     MAX_PADDED_SAMPLES,
     MAX_PADDED_TOKENS,
@@ -30,14 +31,8 @@ from stellarbyte.backends.gpu.slots import (
     store_tokens,
 )
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.ops.triton.attention import (
-    DecodeScratch,
-    decode_attention,
-    num_multiprocessors_of,
-    num_splits_for,
-    write_kv,
-)
-from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, SEGMENT_ROWS, Addend, LoraRows, LoraScratch
+from stellarbyte.ops.triton.attention import DecodeScratch, num_multiprocessors_of
+from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, SEGMENT_ROWS, LoraRows, LoraScratch
 from stellarbyte.ops.triton.paged import PagedRows
 from stellarbyte.ops.triton.sampler import SamplerScratch, sample
 
@@ -92,7 +87,14 @@ class Steps:
         device, dtype = model.device, model.embedding_VC.dtype
         config = model.config
         furthest = max(window or config.max_position_embeddings for window in config.windows)
-        self._rotations = model.rotations(furthest + config.sink_tokens + 2 * cache.block_size)
+        num_multiprocessors = num_multiprocessors_of(device)
+        self._attention = PagedAttention(
+            model=model,
+            cache=cache,
+            rotations=model.rotations(furthest + config.sink_tokens + 2 * cache.block_size),
+            scratch=DecodeScratch.make(max_rows, model.heads, num_multiprocessors, device),
+            num_multiprocessors=num_multiprocessors,
+        )
         self.row_counts = [count for count in _ROW_COUNTS if count < max_rows] + [max_rows]
         self.memory = SlotMemory(max_rows, max_rows, table_entries, device)
         self.memory.tables_SE.fill_(cache.keys_LBSKD.shape[1] - 1)
@@ -112,8 +114,6 @@ class Steps:
         )  # tiles or segments of sequences of any lengths
         most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 3 * max_samples + 5 * most_parts + 64
         self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
-        self._num_multiprocessors = num_multiprocessors_of(device)
-        self._attention_scratch = DecodeScratch.make(max_rows, model.heads, self._num_multiprocessors, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
         self._expert_scratch = model.make_expert_scratch(max(max_rows, max_tokens, MAX_PADDED_TOKENS))
         self._lora_scratch = self._side_stream = None
@@ -165,55 +165,13 @@ class Steps:
                 add_embeddings(x_BC, fields_BF[:, TOKEN], lora, model.bank, model.embedding_multiplier)
         hidden_BC = model.forward(
             x_BC,
-            self._by_row(rows) if model.is_invariant else self._by_newest(rows),
+            self._attention.of_any(rows) if model.is_invariant else self._attention.of_newest(rows),
             self._adapters(lora, self._side_stream, beyond_plain),
             self._expert_scratch,
         )
         model.head(hidden_BC, out=logits_BV, adapters=lora if beyond_plain else None)
         sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
         store_tokens(memory, memory.rows_B[:count], tokens_B)
-
-    def _by_newest(self, rows: PagedRows) -> Attend:
-        """Attention of the newest tokens; the fewer rows, the more programs share one."""
-        num_splits = num_splits_for(len(rows.positions_T), self.model.heads.num_kv_heads, self._num_multiprocessors)
-        return lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits)
-
-    def _by_row(self, rows: PagedRows) -> Attend:
-        """Attention of newest tokens and of prompts, each row by one program: its bits depend on its own keys alone."""
-        model, config = self.model, self.model.config
-
-        def attend(layer: int, qkv_TN: torch.Tensor, addend: Addend | None) -> torch.Tensor:
-            assert addend is None, "adapters are added in place"
-            write_kv(
-                qkv_TN, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows, self._rotations[layer],
-                model.heads, sink_tokens=config.sink_tokens, k_norm_D=model.layers[layer].k_norm_D,
-                norm_eps=config.rms_norm_eps,
-            )  # fmt: skip
-            return self._attend(layer, qkv_TN, None, rows, 1, stores=False)
-
-        return attend
-
-    def _attend(
-        self,
-        layer: int,
-        qkv_BN: torch.Tensor,
-        addend: Addend | None,
-        rows: PagedRows,
-        num_splits: int,
-        *,
-        stores: bool = True,
-    ) -> torch.Tensor:
-        model, config = self.model, self.model.config
-        weights = model.layers[layer]
-        out_BA = qkv_BN.new_empty(len(qkv_BN), model.heads.num_heads * model.heads.head_dim)
-        decode_attention(
-            qkv_BN, out_BA, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows,
-            self._attention_scratch, self._rotations[layer], model.heads, window=weights.window,
-            sink_tokens=config.sink_tokens, score_scale=model.score_scales[layer], softcap=config.attention_softcap,
-            softmax_sink_H=weights.softmax_sink_H, q_norm_D=weights.q_norm_D, k_norm_D=weights.k_norm_D,
-            norm_eps=config.rms_norm_eps, num_splits=num_splits, addend=addend, stores=stores,
-        )  # fmt: skip
-        return out_BA
 
     def replace_tokens(self, computed: Computed, rows: list[int], tokens_R: torch.Tensor) -> None:
         """Replace sampled tokens in rows of a part of the running step."""
@@ -259,9 +217,9 @@ class Steps:
         model, memory = self.model, self.memory
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
         if model.is_invariant:
-            attend = self._by_row(rows)
+            attend = self._attention.of_any(rows)
         else:
-            attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
+            attend = self._attention.of_prompts(rows, inputs.tile_starts_X, inputs.tile_counts_X)
         x_TC, sample_adapters = model.embed(inputs.token_ids_T), None
         if beyond_plain:
             assert inputs.adapters is not None

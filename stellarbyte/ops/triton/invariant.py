@@ -81,8 +81,8 @@ def _invariant_kernel(
         v = tl.load(x_row + k[:, None], mask=mask_x, other=0.0)
         total = tl.dot(w, v, total, input_precision="ieee")
     many_n = n[:, None] + tl.zeros([1, ROWS], tl.int32)
-    offsets = t.to(tl.int64)[None, :] * num_outputs + many_n
+    offsets, inside = t.to(tl.int64)[None, :] * num_outputs + many_n, inside_n[:, None] & inside_t[None, :]
     finish(
-        total, total, total, out, scales, bias, bias, offsets, many_n, num_outputs, inside_n[:, None] & inside_t[None, :],
+        total, total, total, out, scales, bias, bias, offsets, many_n, num_outputs, inside,
         HAS_SCALES, HAS_BIAS, False, False, 0,
     )  # fmt: skip

@@ -80,8 +80,10 @@ def assert_same_bits(
     `make_engine` takes the options of a way; the one called "preempted" must preempt.
     """
     alone: Logprobs = {}
+    engine = make_engine()
     for request in requests:
-        alone |= logprobs_of(make_engine(), [request])
+        alone |= logprobs_of(engine, [request])
+    assert engine.scheduler.totals.prefix_hits == 0
     for name, options in ways.items():
         together = make_engine(**options)
         assert logprobs_of(together, requests) == alone, name

@@ -8,7 +8,7 @@ from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.steps import Computed, Steps
 from stellarbyte.ops.triton.lora import rows_of_one
 from stellarbyte.sampling.adjustment import adjust_logits
-from stellarbyte.sampling.sampler import NO_TOKEN, sample
+from stellarbyte.sampling.sampler import NO_TOKEN, RowSampling, sample
 from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.executor_slot import ExecutorSlot
 from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
@@ -123,7 +123,7 @@ class SlotStep:
             adjusted_RV = logits_RV[adjusted].float()
             adjust_logits(adjusted_RV, [adjustments[i] for i in adjusted])
             sampled = [part.sampling[i] for i in adjusted]
-            tokens_R = sample(adjusted_RV, [sampling_row(slot.sampling, len(slot.tokens)) for slot in sampled])
+            tokens_R = self._sample(adjusted_RV, [sampling_row(slot.sampling, len(slot.tokens)) for slot in sampled])
             self._steps.replace_tokens(part.computed, adjusted, tokens_R)
         scored = [
             i for i, slot in enumerate(part.sampling)
@@ -133,6 +133,12 @@ class SlotStep:
             tokens = part.computed.tokens_R[scored].tolist()
             num_top = [part.sampling[i].sampling.logprobs or 0 for i in scored]
             add_logprobs(self._result, [part.rows[i] for i in scored], num_top, logits_RV[scored], tokens)
+
+    def _sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> torch.Tensor:
+        """A token for each row. torch orders the sums of top_p by the number of rows."""
+        if not self._steps.model.is_invariant:
+            return sample(logits_RV, rows)
+        return torch.cat([sample(logits_1V, [row]) for logits_1V, row in zip(logits_RV.split(1), rows, strict=True)])
 
     def _read_prompts(self) -> None:
         hidden_TC = self.parts[-1].computed.hidden_TC

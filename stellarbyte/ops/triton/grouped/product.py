@@ -44,10 +44,9 @@ def grouped_linear(
     if not num_rows:
         return out_TN
     if tile is None and can_norm(num_rows, weight):
-        tile = vector_tile(weight.num_inputs, bool(gate))
         vector_product(
             x_TK, weight, out_TN, norm_K=norm_K, eps=eps, gate=gate, residual_1N=residual_TN,
-            branch_scale_N=branch_scale_N, tile=tile,
+            branch_scale_N=branch_scale_N, tile=vector_tile(weight.num_inputs, bool(gate)),
         )  # fmt: skip
         return out_TN
     assert norm_K is None, "several rows are normed by another kernel"

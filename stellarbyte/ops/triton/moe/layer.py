@@ -119,7 +119,5 @@ def _products(
     gate_up_tile, down_tile = groups.gate_up_tile(*sizes), groups.down_tile(*sizes)
     if is_invariant:
         gate_up_tile = down_tile = groups.invariant_tile(x_TC.dtype)
-    groups.gate_up(
-        x_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu, tile=gate_up_tile
-    )
+    groups.gate_up(x_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu, tile=gate_up_tile)
     groups.down(num_tokens, experts.down, scratch, top_k=top_k, tile=down_tile)
