@@ -2,8 +2,11 @@
 batches of 2 to 64, in chunks, preempted and from the cache."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -11,11 +14,16 @@ if not torch.cuda.is_available():  # before Triton is imported: the unit tests w
     pytest.skip("torch finds no CUDA device here", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from stellarbyte.checkpoint.convert import convert
 from stellarbyte.lora.bank import REPLACEABLE
+from stellarbyte_client.terminal.connection import Connection
+from stellarbyte_client.terminal.replay import replay
 from tests.support.engines.gpu_engine import GpuEngine, own_stream
 from tests.support.engines.same_bits import assert_same_bits, logprobs_of, make_requests
 from tests.support.models.adapters import random_adapter
 from tests.support.models.byte_transformer import EXPERTS, W, make_model
+from tests.support.models.hugging_face import tiny_llama
+from tests.support.servers.server_process import REAL, running
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +80,26 @@ def test_200_prompts_have_the_same_bits_in_every_way(
 
     requests = make_requests(200, adapters=(None, "plain", None, "beyond"))
     assert_same_bits(engine, requests, WAYS, CACHED)
+
+
+def test_a_server_replays_receipts_while_others_ask(tmp_path: Path) -> None:
+    """The flag as a user gives it."""
+    model = str(convert(tiny_llama(tmp_path / "llama", head_dim=16), tmp_path / "tiny"))
+
+    def ask(prompt: str) -> dict[str, Any]:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 40, "temperature": 1.0, "receipt": True}
+        return httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).raise_for_status().json()["receipt"]
+
+    with running(REAL, "--model", model, "--device", DEVICE.type, "--deterministic") as server:
+        receipts = [ask(f"Once upon {n}") for n in range(3)]
+        assert all(receipt["numeric_mode"]["deterministic"] for receipt in receipts)
+        with ThreadPoolExecutor(8) as threads:
+            others = [threads.submit(ask, f"Count to {n}") for n in range(16)]
+            for receipt in receipts:
+                comparison = replay(Connection(url=server.url, api_key=None), receipt)
+                assert comparison.is_equal and len(comparison.lines) == 1, comparison.lines
+            for other in others:
+                other.result()
 
 
 def test_without_it_the_size_of_a_batch_changes_bits() -> None:
