@@ -121,10 +121,10 @@ def test_what_an_adapter_adds_has_the_same_bits_in_every_batch(device: torch.dev
     x, product = random(64, 528, device=device), random(64, num_outputs, device=device, seed=1)
     scratch = LoraScratch.make(64, 16, device, max_splits=1)
 
-    def adapted(first: int, count: int, slot: int, segment: int) -> torch.Tensor:
-        starts = torch.arange(0, count, segment, dtype=torch.int32, device=device)
+    def adapted(first: int, count: int, slot: int, segment: int, num_empty: int = 0) -> torch.Tensor:
+        starts = torch.arange(0, count + segment * num_empty, segment, dtype=torch.int32, device=device)
         rows = LoraRows(
-            starts, (count - starts).clamp(max=segment), torch.full_like(starts, slot),
+            starts, (count - starts).clamp(0, segment), torch.full_like(starts, slot),
             torch.full((count,), 0.75, device=device), PROMPT_SEGMENT_ROWS,
         )  # fmt: skip
         out = product[first : first + count].clone()
@@ -135,6 +135,8 @@ def test_what_an_adapter_adds_has_the_same_bits_in_every_batch(device: torch.dev
     for slot in (1, 2):
         together = adapted(0, 64, slot, PROMPT_SEGMENT_ROWS)
         assert (together - product).abs().max() > 0.1
+        # So many segments that programs would not share one.
+        assert torch.equal(adapted(9, 3, slot, PROMPT_SEGMENT_ROWS, num_empty=600), together[9:12])
         for first, count in ((0, 1), (40, 1), (3, 2), (20, 16), (10, 35)):
             for segment in (SEGMENT_ROWS, PROMPT_SEGMENT_ROWS):
                 found = adapted(first, count, slot, segment)
