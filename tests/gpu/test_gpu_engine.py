@@ -35,7 +35,7 @@ from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.engines.engine import ModelEngine, generated, make_request
 from tests.support.engines.engine_core import VOCABULARY as BYTES
 from tests.support.engines.engine_core import drain, model_core
-from tests.support.engines.gpu_engine import GpuEngine, own_stream
+from tests.support.gpu.gpu_engine import GpuEngine, own_stream
 from tests.support.models import oracle
 from tests.support.models.adapters import RandomAdapter, random_adapter
 from tests.support.models.byte_transformer import make_model, random_tokens

@@ -25,7 +25,7 @@ from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.engines.drafting import Guesses, answers_of, compute_masks_here, random_request
 from tests.support.engines.engine import make_request
 from tests.support.engines.engine_core import VOCABULARY
-from tests.support.engines.gpu_engine import GpuEngine, gpu_drafting_core, own_stream
+from tests.support.gpu.gpu_engine import GpuEngine, gpu_drafting_core, own_stream
 from tests.support.models.byte_transformer import make_model
 
 pytestmark = pytest.mark.gpu

@@ -110,7 +110,7 @@ class EngineSettings:
     deterministic: bool = option(
         switch,
         "",
-        "the same bits for a request alone, in any batch, chunked, preempted or from the cache; on a CPU",
+        "the same bits for a request alone, in any batch, chunked, preempted or from the cache; slower",
         False,
     )
     max_model_len: int | None = option(

@@ -13,22 +13,29 @@ from stellarbyte.backends.gpu.adapters import Adapters
 from stellarbyte.backends.gpu.expert_weights import ExpertLayer
 from stellarbyte.backends.gpu.layer_weights import Layer, pack_layer, part_of
 from stellarbyte.backends.gpu.matrices import GpuMatrices
-from stellarbyte.backends.gpu.products import PackedWeight, apply, can_norm_few, few, fuses_gate, on_cpu, rows_of
+from stellarbyte.backends.gpu.products import (
+    PackedWeight,
+    apply,
+    apply_invariant,
+    can_norm_few,
+    few,
+    fuses_gate,
+    on_cpu,
+    rows_of,
+)
 from stellarbyte.backends.gpu.replaced import add_logits
-from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import ATTENDED, ATTENTION_INPUT, GATED, MLP_INPUT
 from stellarbyte.model.residual import deepnorm_alpha
-from stellarbyte.ops.triton.attention import prefill_attention, write_kv
 from stellarbyte.ops.triton.gates import GATES, apply_gate, finish_logits
 from stellarbyte.ops.triton.lora import Addend, LoraRows
 from stellarbyte.ops.triton.moe.layer import has_terms, make_scratch, moe, terms
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.norm import add_branch, add_norm
-from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
+from stellarbyte.ops.triton.paged import HeadShape, Rotations
 from stellarbyte.ops.triton.rotate_write import norm_projections
 from stellarbyte.ops.triton.weights import Weight
 
@@ -57,6 +64,8 @@ class TritonModel:
         bank: the adapters, in the model's dtype; None: no adapters.
         quantization: "none", or of all matrices but the embedding "int8" or "fp8", with a scale for each output, or
             "int4", with a scale and a zero point for 32 inputs; the head is then int8.
+        is_invariant: the numbers of a sequence do not depend on the rest of a step, bit for bit: every sum has one
+            order, whatever is fastest for a number of rows.
         kept: the quantized matrices of a checkpoint, by the names of their parameters, as in `GpuMatrices`.
 
     Attributes: quantization: of the matrices of its layers, or "none".
@@ -72,11 +81,14 @@ class TritonModel:
         bank: LoraBank | None = None,
         *,
         quantization: str = "none",
+        is_invariant: bool = False,
         kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
     ) -> None:
         decoder = model.model
         assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills both in
         self.config = config
+        self.is_invariant = is_invariant
+        self._apply = apply_invariant if is_invariant else apply
         self.bank = LoraBank(config) if bank is None else bank
         self.embedding_VC = decoder.embed_tokens.weight
         self.device = self.embedding_VC.device
@@ -94,7 +106,8 @@ class TritonModel:
             for layer in self.layers
         )
         forms = {type(weight) for layer in self.layers for weight in layer.matrices}
-        self.can_fuse = self.can_fuse and len(forms) == 1  # else some take a norm for fewer rows than others
+        # Of several forms, some take a norm for fewer rows than others.
+        self.can_fuse = self.can_fuse and len(forms) == 1 and not is_invariant
         self.heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.gate = GATES[config.hidden_act]
         num_layers = range(config.num_hidden_layers)
@@ -132,7 +145,7 @@ class TritonModel:
         """[R, V] logits of the next token, in `out` if given; `adapters` are those of the rows, None: none has a
         head."""
         hidden_RC = hidden_RC.contiguous()
-        logits_RV = apply(hidden_RC, self.head_weight, out)
+        logits_RV = self._apply(hidden_RC, self.head_weight, out)
         if adapters is not None:
             add_logits(logits_RV, hidden_RC, adapters, self.bank)
         if self.config.logits_multiplier != 1 or self.config.logits_softcap is not None:
@@ -164,35 +177,6 @@ class TritonModel:
         """For `forward` on one stream, of up to `max_rows` tokens; None: no layer has experts."""
         layers = [layer.experts for layer in self.layers if layer.experts is not None]
         return make_scratch(min(max_rows, _MAX_EXPERT_ROWS), layers[0].router, layers[0].experts) if layers else None
-
-    def prefill(
-        self,
-        cache: PagedKVCache,
-        rows: PagedRows,
-        tile_starts_X: torch.Tensor,
-        tile_counts_X: torch.Tensor,
-        rotations: list[Rotations],
-    ) -> Attend:
-        """Attention of many tokens of each sequence."""
-
-        def attend(layer: int, qkv_TN: torch.Tensor, addend: Addend | None) -> torch.Tensor:
-            assert addend is None, "prompts add adapters in place"
-            weights, keys, values = self.layers[layer], cache.keys_LBSKD[layer], cache.values_LBSKD[layer]
-            eps, sink_tokens = self.config.rms_norm_eps, self.config.sink_tokens
-            write_kv(
-                qkv_TN, keys, values, rows, rotations[layer], self.heads,
-                sink_tokens=sink_tokens, k_norm_D=weights.k_norm_D, norm_eps=eps,
-            )  # fmt: skip
-            out_TA = qkv_TN.new_empty(len(qkv_TN), self.heads.num_heads * self.heads.head_dim)
-            prefill_attention(
-                qkv_TN, out_TA, keys, values, rows, tile_starts_X, tile_counts_X, rotations[layer],
-                self.heads, window=weights.window, sink_tokens=sink_tokens, score_scale=self.score_scales[layer],
-                softcap=self.config.attention_softcap, softmax_sink_H=weights.softmax_sink_H,
-                q_norm_D=weights.q_norm_D, norm_eps=eps,
-            )  # fmt: skip
-            return out_TA
-
-        return attend
 
     # The layers
 
@@ -296,13 +280,13 @@ class TritonModel:
         if layer.experts is not None:
             assert expert_scratch is not None
             norm_C, scale_C = layer.mlp_output_norm_C, layer.mlp_scale_C
-            if layer.experts.shared is None and has_terms(x_TC, expert_scratch):
+            if layer.experts.shared is None and not self.is_invariant and has_terms(x_TC, expert_scratch):
                 router, experts = layer.experts.router, layer.experts.experts
                 out_PC = terms(x_TC, router, experts, expert_scratch, gate=self.gate)
                 return Branch(out_PC, None, norm_C, scale_C, expert_scratch.counts)
             return Branch(self._experts(x_TC, layer.experts, expert_scratch), None, norm_C, scale_C)
         assert layer.gate_up is not None and layer.down is not None
-        if adapters is None and fuses_gate(x_TC, layer.gate_up):
+        if adapters is None and not self.is_invariant and fuses_gate(x_TC, layer.gate_up):
             inner_TI = few(x_TC, layer.gate_up, gate=self.gate)
         else:
             gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
@@ -314,11 +298,14 @@ class TritonModel:
         """The sum of the chosen experts and the shared one."""
         shared_TC = None
         if layer.shared is not None:
-            inner_TI = apply_gate(apply(x_TC, layer.shared.gate_up), self.gate)
-            shared_TC = apply(inner_TI, layer.shared.down)
+            inner_TI = apply_gate(self._apply(x_TC, layer.shared.gate_up), self.gate)
+            shared_TC = self._apply(inner_TI, layer.shared.down)
             if layer.shared.gate_1C is not None:
-                shared_TC *= F.linear(x_TC, layer.shared.gate_1C).sigmoid()
-        return moe(x_TC, layer.router, layer.experts, scratch, gate=self.gate, residual_TC=shared_TC)
+                shared_TC *= self._apply(x_TC, Weight(matrix_NK=layer.shared.gate_1C)).sigmoid()
+        return moe(
+            x_TC, layer.router, layer.experts, scratch, gate=self.gate, residual_TC=shared_TC,
+            is_invariant=self.is_invariant,
+        )  # fmt: skip
 
     def _add(
         self,
@@ -350,8 +337,8 @@ class TritonModel:
     ) -> tuple[torch.Tensor, Addend | None]:
         """The product of the linears that read `source`, and the addend for its reader."""
         if adapters is None:
-            return apply(x_TK, weight), None
+            return self._apply(x_TK, weight), None
         projections = self.bank.projections.shared_inputs[source]
         adapters.begin(x_TK, layer, projections)
-        out_TN = apply(x_TK, weight)
+        out_TN = self._apply(x_TK, weight)
         return out_TN, adapters.end(out_TN, layer, projections, weight.bias_N)

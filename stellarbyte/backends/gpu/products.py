@@ -1,4 +1,5 @@
-"""Products with packed weights: the fastest kernels for the form of the weights and the number of rows."""
+"""Products with packed weights: the fastest kernels for the form of the weights and the number of rows, or one kernel
+for any number of rows."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from stellarbyte.ops.triton.fp8 import product, takes_fp8
 from stellarbyte.ops.triton.grouped.product import MAX_ROWS as MAX_GROUPED_ROWS
 from stellarbyte.ops.triton.grouped.product import can_norm, dequantize, grouped_linear
+from stellarbyte.ops.triton.grouped.rows import invariant_tile
 from stellarbyte.ops.triton.grouped.weights import GroupedWeight
+from stellarbyte.ops.triton.invariant import invariant_linear
 from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, linear
 from stellarbyte.ops.triton.linear import is_for_few as is_linear_for_few
 from stellarbyte.ops.triton.weights import Weight, dequantized
@@ -62,6 +65,13 @@ def apply(x_TK: torch.Tensor, weight: PackedWeight, out_TN: torch.Tensor | None 
         return torch.mm(x_TK, matrix_NK.T, out=out_TN)
     product_TN = F.linear(x_TK, matrix_NK, weight.bias_N)
     return product_TN if out_TN is None else out_TN.copy_(product_TN)
+
+
+def apply_invariant(x_TK: torch.Tensor, weight: PackedWeight, out_TN: torch.Tensor | None = None) -> torch.Tensor:
+    """As `apply`; each row has the same bits among any number of rows."""
+    if isinstance(weight, GroupedWeight):
+        return grouped_linear(x_TK, weight, out_TN=out_TN, tile=invariant_tile(weight))
+    return invariant_linear(x_TK, weight, out_TN)
 
 
 def rows_of(weight: PackedWeight, rows: slice) -> torch.Tensor:

@@ -97,13 +97,13 @@ class PromptTensors(NamedTuple):
     adapters: LoraRows | None
     sample_bank_slots_R: torch.Tensor | None  # None without adapters
 
-    def sample_adapters(self) -> LoraRows:
-        """The adapters of the rows that sample; each row is a segment."""
+    def sample_adapters(self, segment_rows: int) -> LoraRows:
+        """The adapters of the rows that sample; each row is a segment, in a tile of `segment_rows`."""
         assert self.adapters is not None and self.sample_bank_slots_R is not None
         slots_R = self.sample_bank_slots_R
         starts_R = torch.arange(len(slots_R), dtype=torch.int32, device=slots_R.device)
         scales_R = self.adapters.scales_T[self.sample_rows_R]
-        return LoraRows(starts_R, torch.ones_like(starts_R), slots_R, scales_R)
+        return LoraRows(starts_R, torch.ones_like(starts_R), slots_R, scales_R, segment_rows)
 
 
 class PromptShape(NamedTuple):

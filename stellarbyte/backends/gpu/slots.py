@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
-from stellarbyte.ops.triton.sampler import SamplingRows
+from stellarbyte.ops.triton.sampling.sampler import SamplingRows
 
 # S slots, E entries of a block table, F fields of a slot, B rows of a batch, C hidden size, U updates
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from stellarbyte.backends.gpu.adapters import Adapters, SideStream
+from stellarbyte.backends.gpu.attention import PagedAttention
 from stellarbyte.backends.gpu.graphs import Graphs
-from stellarbyte.backends.gpu.model import Attend, TritonModel
+from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.prompts import (
     MAX_PADDED_SAMPLES,
     MAX_PADDED_TOKENS,
@@ -32,16 +33,10 @@ from stellarbyte.backends.gpu.slots import (
     store_tokens,
 )
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.ops.triton.attention import (
-    DecodeScratch,
-    decode_attention,
-    num_multiprocessors_of,
-    num_splits_for,
-    write_kv,
-)
-from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, Addend, LoraRows, LoraScratch
+from stellarbyte.ops.triton.attention import DecodeScratch, num_multiprocessors_of
+from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, SEGMENT_ROWS, LoraRows, LoraScratch
 from stellarbyte.ops.triton.paged import PagedRows
-from stellarbyte.ops.triton.sampler import SamplerScratch, sample
+from stellarbyte.ops.triton.sampling.sampler import SamplerScratch, sample
 
 # B rows of a decoding batch, T tokens of prompts, X tiles, R rows that sample, F fields, V vocabulary, C hidden size
 
@@ -104,7 +99,15 @@ class Steps:
         device, dtype = model.device, model.embedding_VC.dtype
         config = model.config
         furthest = max(window or config.max_position_embeddings for window in config.windows)
-        self._rotations = model.rotations(furthest + config.sink_tokens + 2 * cache.block_size)
+        num_multiprocessors = num_multiprocessors_of(device)
+        max_attending = max(max_rows, MAX_VERIFIED_TOKENS) if max_drafted else max_rows
+        self._attention = PagedAttention(
+            model=model,
+            cache=cache,
+            rotations=model.rotations(furthest + config.sink_tokens + 2 * cache.block_size),
+            scratch=DecodeScratch.make(max_attending, model.heads, num_multiprocessors, device),
+            num_multiprocessors=num_multiprocessors,
+        )
         self.row_counts = [count for count in _ROW_COUNTS if count < max_rows] + [max_rows]
         self.memory = SlotMemory(max_rows, max_rows, table_entries, device)
         self.memory.tables_SE.fill_(cache.keys_LBSKD.shape[1] - 1)
@@ -126,17 +129,17 @@ class Steps:
         )  # tiles or segments of sequences of any lengths
         most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 4 * max_samples + 5 * most_parts + 64
         self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
-        self._num_multiprocessors = num_multiprocessors_of(device)
-        max_attending = max(max_rows, MAX_VERIFIED_TOKENS) if max_drafted else max_rows
-        self._attention_scratch = DecodeScratch.make(max_attending, model.heads, self._num_multiprocessors, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
         self._expert_scratch = model.make_expert_scratch(max(max_rows, max_tokens, MAX_PADDED_TOKENS))
         self._lora_scratch = self._side_stream = None
+        self._segment_rows = PROMPT_SEGMENT_ROWS if model.is_invariant else SEGMENT_ROWS  # of rows that decode
         if model.bank.num_slots:
-            self._lora_scratch = LoraScratch.make(
-                max(max_rows, max_tokens, MAX_PADDED_TOKENS), model.bank.max_rank, device
-            )
-            self._side_stream = SideStream(model.bank, max_rows)
+            most_rows, max_rank = max(max_rows, max_tokens, MAX_PADDED_TOKENS), model.bank.max_rank
+            if model.is_invariant:  # adapters are added in place, as to prompts
+                self._lora_scratch = LoraScratch.make(most_rows, max_rank, device, max_splits=1)
+            else:
+                self._lora_scratch = LoraScratch.make(most_rows, max_rank, device)
+                self._side_stream = SideStream(model.bank, max_rows)
 
     # Sequences that decode
 
@@ -171,41 +174,19 @@ class Steps:
                 memory.segment_counts_B[:segments],
                 memory.segment_slots_B[:segments],
                 memory.scales_B[:count],
+                self._segment_rows,
             )
             if beyond_plain:
                 add_embeddings(x_BC, fields_BF[:, TOKEN], lora, model.bank, model.embedding_multiplier)
-        num_splits = num_splits_for(count, model.heads.num_kv_heads, self._num_multiprocessors)
         hidden_BC = model.forward(
             x_BC,
-            lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
+            self._attention.of_any(rows) if model.is_invariant else self._attention.of_newest(rows),
             self._adapters(lora, self._side_stream, beyond_plain),
             self._expert_scratch,
         )
         model.head(hidden_BC, out=logits_BV, adapters=lora if beyond_plain else None)
         sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
         store_tokens(memory, memory.rows_B[:count], tokens_B)
-
-    def _attend(
-        self,
-        layer: int,
-        qkv_BN: torch.Tensor,
-        addend: Addend | None,
-        rows: PagedRows,
-        num_splits: int,
-        *,
-        writes: bool = True,
-    ) -> torch.Tensor:
-        model, config = self.model, self.model.config
-        weights = model.layers[layer]
-        out_BA = qkv_BN.new_empty(len(qkv_BN), model.heads.num_heads * model.heads.head_dim)
-        decode_attention(
-            qkv_BN, out_BA, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows,
-            self._attention_scratch, self._rotations[layer], model.heads, window=weights.window,
-            sink_tokens=config.sink_tokens, score_scale=model.score_scales[layer], softcap=config.attention_softcap,
-            softmax_sink_H=weights.softmax_sink_H, q_norm_D=weights.q_norm_D, k_norm_D=weights.k_norm_D,
-            norm_eps=config.rms_norm_eps, num_splits=num_splits, addend=addend, writes=writes,
-        )  # fmt: skip
-        return out_BA
 
     def replace_tokens(self, computed: Computed, rows: list[int], tokens_R: torch.Tensor) -> None:
         """Replace sampled tokens in rows of a part of the running step."""
@@ -259,15 +240,17 @@ class Steps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         model, memory = self.model, self.memory
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
-        if verifies:
-            attend = self._attend_together(rows)
+        if model.is_invariant:
+            attend = self._attention.of_any(rows)
+        elif verifies:
+            attend = self._attention.of_few(rows)
         else:
-            attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
+            attend = self._attention.of_prompts(rows, inputs.tile_starts_X, inputs.tile_counts_X)
         x_TC, sample_adapters = model.embed(inputs.token_ids_T), None
         if beyond_plain:
             assert inputs.adapters is not None
             add_embeddings(x_TC, inputs.token_ids_T, inputs.adapters, model.bank, model.embedding_multiplier)
-            sample_adapters = inputs.sample_adapters()
+            sample_adapters = inputs.sample_adapters(self._segment_rows)
         hidden_TC = model.forward(
             x_TC, attend, self._adapters(inputs.adapters, None, beyond_plain), self._expert_scratch
         )
@@ -279,23 +262,6 @@ class Steps:
             sample(logits_RV, sampling_rows(fields_RF), tokens_R, self._sampler_scratch, truncates=truncates)
             store_tokens(memory, inputs.sample_slots_R, tokens_R)
         return hidden_TC, logits_RV
-
-    def _attend_together(self, rows: PagedRows) -> Attend:
-        """Attention of few tokens of each sequence: each shares its keys among as many programs as in decoding, where
-        a tile of a prompt would have one for each head, however long the context is."""
-        model, count = self.model, len(rows.positions_T)
-        num_splits = num_splits_for(count, model.heads.num_kv_heads, self._num_multiprocessors)
-
-        def attend(layer: int, qkv_TN: torch.Tensor, addend: Addend | None) -> torch.Tensor:
-            assert addend is None, "prompts add adapters in place"
-            write_kv(
-                qkv_TN, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows, self._rotations[layer],
-                model.heads, sink_tokens=model.config.sink_tokens, k_norm_D=model.layers[layer].k_norm_D,
-                norm_eps=model.config.rms_norm_eps,
-            )  # fmt: skip
-            return self._attend(layer, qkv_TN, None, rows, num_splits, writes=False)
-
-        return attend
 
     def settle(self, slots: list[int], positions: list[int], tokens: list[int]) -> None:
         """Set the newest tokens of slots, and their positions."""

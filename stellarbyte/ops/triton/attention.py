@@ -127,13 +127,14 @@ def decode_attention(
     norm_eps: float,
     num_splits: int,
     addend: Addend | None = None,
-    writes: bool = True,
+    stores: bool = True,
 ) -> None:
     """Write keys and values of the newest token of each sequence, one in each row; out = their attention.
 
-    `addend` is added to the packed rows. Up to `num_splits` programs, a power of two, share the keys of a row. Other
-    arguments as in `write_kv` and `prefill_attention`. Rows may share a sequence only if their results are unused
-    (padding rows), or if `write_kv` has written all keys and values before, and `writes` is False.
+    `addend` is added to the packed rows. Up to `num_splits` programs, a power of two, share the keys of a row; the
+    bits of a row depend on that number, but not on other rows. Other arguments as in `write_kv` and
+    `prefill_attention`. Rows may share a sequence only if their results are unused (padding rows), or without
+    `stores`: then `write_kv` has already written the keys and values of all rows.
     """
     num_programs = len(qkv_TN) * heads.num_kv_heads * num_splits
     assert num_splits == 1 or (num_programs <= len(scratch.sums_CGD) and len(qkv_TN) <= len(scratch.counters_TK)), (
@@ -146,7 +147,7 @@ def decode_attention(
         rows.sequences_T, tables_NE, tables_NE.stride(0), ring_length(rows, keys_BSKD.shape[1], sink_tokens),
         *scratch, *rotations, q_norm_D, k_norm_D, norm_eps, score_scale * _LOG2_E, _in_base_2(softcap), softmax_sink_H,
         window or UNLIMITED, SPLITS=num_splits, GROUP=max(16, triton.next_power_of_2(group)),
-        HEADS=triton.next_power_of_2(group), WRITES=writes,
+        HEADS=triton.next_power_of_2(group), STORES=stores,
         **_constants(keys_BSKD, heads, sink_tokens) | {"num_stages": 3 if keys_BSKD.element_size() == 1 else 2},
         num_warps=_NUM_WARPS, maxnreg=_DECODE_REGISTERS, **overlapping(qkv_TN.device),
     )  # fmt: skip

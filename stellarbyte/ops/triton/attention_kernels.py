@@ -263,9 +263,10 @@ def decode_kernel(
     sums, weights, peaks, counters, cos, sin, log_decay, gain, q_norm, k_norm, norm_eps, scale, softcap, softmax_sink,
     window, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, WRITES: tl.constexpr, OVERLAPS: tl.constexpr,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, STORES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one kv head of one row, over one share of the visible tiles of keys."""
+    """The heads of one kv head of one row, over one share of the visible tiles of keys. STORES: the row's own key and
+    value are not in the cache yet."""
     dtype: tl.constexpr = tl.float16 if keys.dtype.element_ty == tl.float8e4nv else keys.dtype.element_ty
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     wait_for_inputs(OVERLAPS)
@@ -292,7 +293,7 @@ def decode_kernel(
         first_MP, second_MP = add_heads(
             first_MP, second_MP, delta, delta_scales, row, query_M1, inside_M, HEAD_DIM, PAIRS
         )
-    if WRITES and split == shares - 1:  # the newest token is in this share
+    if STORES and split == shares - 1:  # the newest token is in this share
         kv_head_1 = kv_head + tl.arange(0, 1)
         store_newest(
             qkv, delta, delta_scales, row, kv_head_1, kv_head_1 >= 0, position, keys, values, table, ring,

@@ -81,19 +81,24 @@ class LoraScratch:
 
     hidden: torch.Tensor  # float32, [T, splits, width] of a step's rows and splits
     width: int
+    max_splits: int = _MAX_SPLITS
 
     @classmethod
-    def make(cls, max_rows: int, max_rank: int, device: torch.device) -> "LoraScratch":
-        """For steps of up to `max_rows` rows; `max_rank` is the bank's."""
+    def make(
+        cls, max_rows: int, max_rank: int, device: torch.device, *, max_splits: int = _MAX_SPLITS
+    ) -> "LoraScratch":
+        """For steps of up to `max_rows` rows; `max_rank` is the bank's. With a `max_splits` of 1, and `LoraRows` of
+        always the same `segment_rows`, the bits of a row do not depend on the other rows."""
         width = -(-_MOST_PROJECTIONS * max_rank // 16) * 16
-        rows = max(max_rows, _MAX_SPLITS * min(max_rows, _MAX_SPLIT_ROWS))
-        return cls(hidden=torch.empty(rows * width, dtype=torch.float32, device=device), width=width)
+        rows = max(max_rows, max_splits * min(max_rows, _MAX_SPLIT_ROWS))
+        hidden = torch.empty(rows * width, dtype=torch.float32, device=device)
+        return cls(hidden=hidden, width=width, max_splits=max_splits)
 
 
-def _num_splits(lora: LoraRows, num_rows: int, num_inputs: int) -> int:
+def _num_splits(scratch: LoraScratch, lora: LoraRows, num_rows: int, num_inputs: int) -> int:
     """Number of programs that share a segment's K: more than one for few segments. Each value is compiled
     separately."""
-    splits, num_segments = _MAX_SPLITS if num_rows <= _MAX_SPLIT_ROWS else 1, len(lora.segment_starts_X)
+    splits, num_segments = scratch.max_splits if num_rows <= _MAX_SPLIT_ROWS else 1, len(lora.segment_starts_X)
     most = min(_SPLIT_PROGRAMS[lora.segment_rows] // num_segments, num_inputs // _BLOCK_K)
     while splits > max(most, 1):
         splits //= 2
@@ -114,7 +119,7 @@ def shrink(
     assert x_TK.is_contiguous() and x_TK.dtype == bank.dtype
     if not num_segments:
         return
-    splits = _num_splits(lora, num_rows, num_inputs)
+    splits = _num_splits(scratch, lora, num_rows, num_inputs)
     assert splits * num_rows * scratch.width <= len(scratch.hidden), "the scratch is for fewer rows"
     num_projections = projections.stop - projections.start
     assert num_projections <= _MOST_PROJECTIONS
@@ -193,7 +198,7 @@ def expand(
         *[0] * (_MOST_PROJECTIONS - len(widths)),
         num_outputs,
         WIDTH=scratch.width,
-        SPLITS=_num_splits(lora, num_rows, bank.projections.input_width(layer, projections)),
+        SPLITS=_num_splits(scratch, lora, num_rows, bank.projections.input_width(layer, projections)),
         ALIGNMENT=bank.alignment,
         ROWS=lora.segment_rows,
         BLOCK_R=_BLOCK_R,

@@ -78,7 +78,7 @@ def their_answer(model: PreTrainedModel, prompt: list[int], num_tokens: int = NU
 def make_engine(backend: str, model: ByteTransformer, config: ByteModelConfig, device: torch.device):
     if backend == "triton":
         pytest.importorskip("triton", reason="Triton is not installed")
-        from tests.support.engines.gpu_engine import GpuEngine
+        from tests.support.gpu.gpu_engine import GpuEngine
 
         return GpuEngine(model, device, config, block_size=8, max_num_seqs=2)
     if backend == "cpu":
@@ -92,7 +92,7 @@ def make_engine(backend: str, model: ByteTransformer, config: ByteModelConfig, d
 @pytest.fixture
 def own_stream(device: torch.device) -> Iterator[None]:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from tests.support.engines.gpu_engine import own_stream
+    from tests.support.gpu.gpu_engine import own_stream
 
     with own_stream(device):
         yield

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 
 from stellarbyte.backends.cpu_model import CpuModel
-from stellarbyte_server.protocol.messages import TokenLogprob
-from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.cases import SLOW
-from tests.support.engines.engine import ModelEngine, make_request
+from tests.support.engines.engine import ModelEngine
+from tests.support.engines.same_bits import WAYS, Logprobs, assert_same_bits, logprobs_of, make_requests
 from tests.support.models.adapters import random_adapter
-from tests.support.models.byte_transformer import EXPERTS, W, make_model, random_tokens
+from tests.support.models.byte_transformer import EXPERTS, W, make_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
 DENSE: dict[str, Any] = {"qk_norm": True, "num_key_value_heads": 2}
@@ -22,49 +21,6 @@ MIXED = EXPERTS | {
     "shared_expert_intermediate_size": 64,
     "shared_expert_gate": True,
 }
-WAYS = {
-    "batch": {"max_num_seqs": 64, "max_num_batched_tokens": 512, "num_blocks": 1024},
-    "pairs": {"max_num_seqs": 2},
-    "chunks": {"max_num_seqs": 7, "max_num_batched_tokens": 9},
-    "preempted": {"max_num_seqs": 64, "num_blocks": 60},
-}
-
-Logprobs = dict[str, list[TokenLogprob]]
-
-
-def make_requests(number: int) -> list[GenerationRequest]:
-    """Of many lengths, greedy and sampled, some with an adapter; every token comes with the 3 likeliest."""
-    return [
-        make_request(
-            random_tokens(3 + 7 * (i % 9), seed=i),
-            12 + i % 5,
-            str(i),
-            seed=i,
-            temperature=float(i % 2),
-            logprobs=3,
-            adapter="a" if i % 3 == 0 else None,
-            repetition_penalty=1.0 + 0.1 * (i % 2),
-        )
-        for i in range(number)
-    ]
-
-
-def logprobs_of(engine: ModelEngine, requests: list[GenerationRequest]) -> Logprobs:
-    found: Logprobs = {request.request_id: [] for request in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.scheduler.has_work:
-        chunks = engine.scheduler.schedule()
-        step = engine.runner.start(chunks)
-        step.finish()
-        result = step.result()
-        for number, logprobs in result.logprobs.items():
-            found[chunks[number].sequence.request.request_id] += logprobs
-        for sequence, _ in engine.scheduler.apply(chunks, result.tokens):
-            if sequence.num_generated >= sequence.request.sampling.max_tokens:
-                engine.scheduler.remove(sequence)
-    assert all(len(found[request.request_id]) == request.sampling.max_tokens for request in requests)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -88,19 +44,7 @@ def test_the_same_bits_in_every_way(config: dict[str, Any], quantization: str, n
     def engine(**options: int) -> ModelEngine:
         return ModelEngine(model, backend=backend, adapters=adapters, **options)
 
-    requests = make_requests(num_requests)
-    alone: Logprobs = {}
-    for request in requests:
-        alone |= logprobs_of(engine(), [request])
-    for name, options in WAYS.items():
-        together = engine(**options)
-        assert logprobs_of(together, requests) == alone, name
-        if name == "preempted":
-            assert together.scheduler.totals.num_preemptions > 0
-    cached = engine(num_blocks=4096, max_num_seqs=5, max_num_batched_tokens=64)
-    logprobs_of(cached, requests)
-    assert logprobs_of(cached, requests[::-1]) == alone
-    assert cached.scheduler.totals.prefix_hits > 0
+    assert_same_bits(engine, make_requests(num_requests))
 
 
 def test_without_it_products_of_few_tokens_have_another_order() -> None:

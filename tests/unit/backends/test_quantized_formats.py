@@ -88,7 +88,7 @@ def engine_of(backend: str, pair: Pair, device: torch.device) -> Any:
     adapters = {ADAPTER: pair.adapter}
     if backend == "triton":
         pytest.importorskip("triton", reason="Triton is not installed")
-        from tests.support.engines.gpu_engine import GpuEngine
+        from tests.support.gpu.gpu_engine import GpuEngine
 
         model, kept = load_quantized(pair.folder, dtype=torch.float32)
         config = open_checkpoint(pair.folder).config
@@ -166,7 +166,7 @@ def test_another_quantization_starts_from_the_dequantized_weights(tmp_path: Path
 @pytest.fixture
 def own_stream(device: torch.device) -> Iterator[None]:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from tests.support.engines.gpu_engine import own_stream
+    from tests.support.gpu.gpu_engine import own_stream
 
     with own_stream(device):
         yield

@@ -8,7 +8,7 @@ from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.steps import Computed, Steps
 from stellarbyte.ops.triton.lora import rows_of_one
 from stellarbyte.sampling.adjustment import adjust_logits
-from stellarbyte.sampling.sampler import NO_TOKEN, sample
+from stellarbyte.sampling.sampler import NO_TOKEN, RowSampling, sample
 from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.executor_slot import ExecutorSlot
 from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
@@ -123,7 +123,8 @@ class SlotStep:
             adjusted_RV = logits_RV[adjusted].float()
             adjust_logits(adjusted_RV, [adjustments[i] for i in adjusted])
             sampled = [part.sampling[i] for i in adjusted]
-            tokens_R = sample(adjusted_RV, [sampling_row(slot.sampling, len(slot.tokens)) for slot in sampled])
+            params = [sampling_row(slot.sampling, len(slot.tokens)) for slot in sampled]
+            tokens_R = sample_rows(self._steps.model, adjusted_RV, params)
             self._steps.replace_tokens(part.computed, adjusted, tokens_R)
         scored = [
             i for i, slot in enumerate(part.sampling)
@@ -143,3 +144,10 @@ class SlotStep:
             head = _AdaptedHead(self._steps.model, slot)
             slot.read_prompt(self._result, row, head, chunk.start, hidden_TC[start : start + chunk.length])
             start += chunk.length
+
+
+def sample_rows(model: TritonModel, logits_RV: torch.Tensor, rows: list[RowSampling]) -> torch.Tensor:
+    """A token for each row, by the host. torch orders the sums of top_p by the number of rows."""
+    if not model.is_invariant:
+        return sample(logits_RV, rows)
+    return torch.cat([sample(logits_1V, [row]) for logits_1V, row in zip(logits_RV.split(1), rows, strict=True)])

@@ -8,10 +8,10 @@ import torch
 
 from stellarbyte.backends.gpu.steps import Computed, Steps
 from stellarbyte.sampling.adjustment import RowAdjustment, adjust_logits
-from stellarbyte.sampling.sampler import NO_TOKEN, sample
+from stellarbyte.sampling.sampler import NO_TOKEN
 from stellarbyte_server.engine.run.executor_slot import Row, Sampled, extend_along, is_forced, keep
 from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
-from stellarbyte_server.engine.run.slot_step import ResidentSlot, SlotStep
+from stellarbyte_server.engine.run.slot_step import ResidentSlot, SlotStep, sample_rows
 from stellarbyte_server.engine.run.step_plan import Finish, StepResult
 
 # R sampled tokens, row after row, V vocabulary
@@ -93,7 +93,8 @@ class VerifyingStep(SlotStep):
         params = [
             sampling_row(sampled[i].row.slot.sampling, sampled[i].row.num_known + sampled[i].depth) for i in places
         ]
-        return dict(zip(places, sample(torch.cat(parts), params).tolist(), strict=True))
+        tokens_R = sample_rows(self._steps.model, torch.cat(parts), params)
+        return dict(zip(places, tokens_R.tolist(), strict=True))
 
     def _settle(self) -> None:
         """Tell slots and GPU the tokens that count."""

@@ -87,8 +87,6 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     if settings.tensor_parallel_size > 1:
         refuse_ranks(settings, config, device)
     dtype = dtype_of(settings.dtype, device)
-    if settings.deterministic and device.type != "cpu":
-        raise StartupError("--deterministic needs --device cpu: a GPU's kernels order sums by the number of rows.")
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
     cache_dtype = cache_dtype_of(settings, dtype, device)
     quantization = settings.quantization
@@ -252,7 +250,9 @@ def _make_gpu_executor(
         )
 
     try:
-        packed = TritonModel(model, config, bank, quantization=settings.quantization, kept=kept)
+        packed = TritonModel(
+            model, config, bank, quantization=settings.quantization, is_invariant=settings.deterministic, kept=kept
+        )
     except ValueError as error:
         raise StartupError(f"--device cuda cannot serve this model: {str(error).removesuffix('.')}.") from error
     if kept:

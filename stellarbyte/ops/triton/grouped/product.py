@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from stellarbyte.ops.triton.gates import NO_GATE
-from stellarbyte.ops.triton.grouped.rows import rows_product, rows_tile
+from stellarbyte.ops.triton.grouped.rows import RowsTile, rows_product, rows_tile
 from stellarbyte.ops.triton.grouped.unpack import group_scale, group_zero
 from stellarbyte.ops.triton.grouped.vector import vector_product, vector_tile
 from stellarbyte.ops.triton.grouped.weights import SLAB, GroupedWeight
@@ -32,24 +32,27 @@ def grouped_linear(
     residual_TN: torch.Tensor | None = None,
     branch_scale_N: torch.Tensor | None = None,
     out_TN: torch.Tensor | None = None,
+    tile: RowsTile | None = None,
 ) -> torch.Tensor:
-    """As `linear.linear`, for any number of rows; a norm where `can_norm`."""
+    """As `linear.linear`, for any number of rows; a norm where `can_norm`.
+
+    `tile`: of `rows.rows_product`, for any number of rows; None: the fastest kernel, and its tile.
+    """
     num_rows, num_outputs = len(x_TK), weight.num_outputs // (2 if gate else 1)
     if out_TN is None:
         out_TN = x_TK.new_empty(num_rows, num_outputs)
     if not num_rows:
         return out_TN
-    if can_norm(num_rows, weight):
-        tile = vector_tile(weight.num_inputs, bool(gate))
+    if tile is None and can_norm(num_rows, weight):
         vector_product(
             x_TK, weight, out_TN, norm_K=norm_K, eps=eps, gate=gate, residual_1N=residual_TN,
-            branch_scale_N=branch_scale_N, tile=tile,
+            branch_scale_N=branch_scale_N, tile=vector_tile(weight.num_inputs, bool(gate)),
         )  # fmt: skip
         return out_TN
     assert norm_K is None, "several rows are normed by another kernel"
     rows_product(
         x_TK, weight, out_TN, gate=gate, residual_TN=residual_TN, branch_scale_N=branch_scale_N,
-        tile=rows_tile(num_rows, num_outputs, weight, x_TK.dtype),
+        tile=rows_tile(num_rows, num_outputs, weight, x_TK.dtype) if tile is None else tile,
     )  # fmt: skip
     return out_TN
 

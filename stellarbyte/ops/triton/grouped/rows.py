@@ -61,6 +61,13 @@ def rows_tile(num_rows: int, num_outputs: int, weight: GroupedWeight, dtype: tor
     return RowsTile(rows, 128, 1, 8, num_stages, unroll, _parts(num_outputs // 128 * triton.cdiv(num_rows, rows)))
 
 
+def invariant_tile(weight: GroupedWeight) -> RowsTile:
+    """The same for any number of rows: the groups of an output are added from the first to the last."""
+    if weight.kind == "int4":
+        return RowsTile(64, 64, 1, 4, 3, 2, scales_first=True)
+    return RowsTile(64, 64, 1, 4, 4, max(1, 128 // weight.group_size))
+
+
 def _parts(num_programs: int) -> int:
     """Of the groups, so that most multiprocessors have two programs."""
     return min(4, max(1, _FULL // max(1, num_programs)))

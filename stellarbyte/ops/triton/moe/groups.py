@@ -64,6 +64,11 @@ def _rows(num_tokens: int, top_k: int, num_experts: int, of_mean: float) -> int:
     return min(128, max(8, triton.next_power_of_2(round(of_mean * mean))))
 
 
+def invariant_tile(dtype: torch.dtype) -> GroupTile:
+    """The same for any number of tokens: the bits of a pair do not depend on the other pairs."""
+    return _of_dtype(GroupTile(32, 64, 64, 4, 4), dtype)
+
+
 def _of_dtype(tile: GroupTile, dtype: torch.dtype) -> GroupTile:
     """float32 takes twice the memory for each number."""
     return tile._replace(block_k=tile.block_k // 2) if dtype == torch.float32 else tile

@@ -50,6 +50,7 @@ def moe(
     eps: float = 0.0,
     residual_TC: torch.Tensor | None = None,
     branch_scale_C: torch.Tensor | None = None,
+    is_invariant: bool = False,
 ) -> torch.Tensor:
     """residual + branch_scale · Σ g_e · down_e (gate(gates_e x) · ups_e x) over each token's chosen experts e.
 
@@ -61,14 +62,17 @@ def moe(
         gate: of `gates.GATES`; unless the experts have a clamped SwiGLU.
         norm_C: weight of an RMSNorm of x before all else, with `eps`; for at most `MAX_NORMED_ROWS` rows.
         residual_TC: contiguous, of x's shape and dtype.
+        is_invariant: the bits of a row do not depend on the other rows; without a norm.
     """
     out_TC = torch.empty_like(x_TC)
     for first in range(0, len(x_TC), scratch.max_rows):
         rows = slice(first, first + scratch.max_rows)
         part_TC, out_part_TC = x_TC[rows], out_TC[rows]
         residual_part_TC = None if residual_TC is None else residual_TC[rows]
-        top_k, is_paired = router.top_k, len(part_TC) <= MAX_PAIR_ROWS
-        part_TC = route(part_TC, router, scratch, norm_C=norm_C, eps=eps, lists_pairs=not is_paired)
+        top_k, is_paired = router.top_k, len(part_TC) <= MAX_PAIR_ROWS and not is_invariant
+        part_TC = route(
+            part_TC, router, scratch, norm_C=norm_C, eps=eps, lists_pairs=not is_paired, is_invariant=is_invariant
+        )
         if is_paired:
             pairs.gate_up(
                 part_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu,
@@ -79,7 +83,7 @@ def moe(
                 branch_scale_C=branch_scale_C, tile=pairs.down_tile(experts.down.matrix_ENK.shape[2]),
             )  # fmt: skip
             continue
-        _products(part_TC, router, experts, scratch, gate)
+        _products(part_TC, router, experts, scratch, gate, is_invariant=is_invariant)
         groups.combine(out_part_TC, scratch, top_k=top_k, residual_TC=residual_part_TC, branch_scale_C=branch_scale_C)
     return out_TC
 
@@ -100,11 +104,20 @@ def terms(x_TC: torch.Tensor, router: Router, experts: Experts, scratch: ExpertS
     return scratch.outputs[: num_pairs * width].view(num_pairs, width)
 
 
-def _products(x_TC: torch.Tensor, router: Router, experts: Experts, scratch: ExpertScratch, gate: int) -> None:
+def _products(
+    x_TC: torch.Tensor,
+    router: Router,
+    experts: Experts,
+    scratch: ExpertScratch,
+    gate: int,
+    *,
+    is_invariant: bool = False,
+) -> None:
     """The terms of several tokens, after `route`."""
     num_tokens, top_k = len(x_TC), router.top_k
     sizes = (num_tokens, top_k, len(router.weight_EC), x_TC.dtype)
-    groups.gate_up(
-        x_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu, tile=groups.gate_up_tile(*sizes)
-    )
-    groups.down(num_tokens, experts.down, scratch, top_k=top_k, tile=groups.down_tile(*sizes))
+    gate_up_tile, down_tile = groups.gate_up_tile(*sizes), groups.down_tile(*sizes)
+    if is_invariant:
+        gate_up_tile = down_tile = groups.invariant_tile(x_TC.dtype)
+    groups.gate_up(x_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu, tile=gate_up_tile)
+    groups.down(num_tokens, experts.down, scratch, top_k=top_k, tile=down_tile)

@@ -59,6 +59,7 @@ def route(
     norm_C: torch.Tensor | None = None,
     eps: float = 0.0,
     lists_pairs: bool = True,
+    is_invariant: bool = False,
 ) -> torch.Tensor:
     """Choose each token's experts: `chosen` and `gates` of the scratch. Returns norm(x), which the router reads.
 
@@ -68,6 +69,7 @@ def route(
         x_TC: contiguous, in the router's dtype; at least one row, at most those of the scratch.
         norm_C: weight of an RMSNorm of x, with `eps`, for at most `MAX_NORMED_ROWS` rows.
         lists_pairs: also list the pairs of each expert, in `counts` and `lists`; counts must be 0.
+        is_invariant: the bits of a row do not depend on the other rows; without a norm.
     """
     num_tokens, width = x_TC.shape
     num_experts = len(router.weight_EC)
@@ -92,9 +94,9 @@ def route(
         **overlapping(x_TC.device),
     }
     bias = router.weight_EC if router.bias_E is None else router.bias_E
-    if num_tokens > MAX_NORMED_ROWS:
+    if is_invariant or num_tokens > MAX_NORMED_ROWS:
         assert norm_C is None, "many rows come normed"
-        _many_logits(x_TC, router, bias, scratch)
+        _many_logits(x_TC, router, bias, scratch, has_small_tiles=is_invariant or num_tokens <= 512)
         _choose_kernel[(num_tokens,)](*choice, EXPERTS=_lanes(num_experts, 1), num_warps=1, **options)
         return x_TC
     normed_TC = x_TC if norm_C is None else scratch.normed[: x_TC.numel()].view(x_TC.shape)
@@ -113,10 +115,12 @@ def _lanes(num_experts: int, num_warps: int) -> int:
     return max(triton.next_power_of_2(num_experts), 32 * num_warps)
 
 
-def _many_logits(x_TC: torch.Tensor, router: Router, bias: torch.Tensor, scratch: ExpertScratch) -> None:
+def _many_logits(
+    x_TC: torch.Tensor, router: Router, bias: torch.Tensor, scratch: ExpertScratch, *, has_small_tiles: bool
+) -> None:
     num_tokens, width = x_TC.shape
     num_experts = len(router.weight_EC)
-    tokens, experts, block_c = (16, 16, 256) if num_tokens <= 512 else (64, 64, 64)
+    tokens, experts, block_c = (16, 16, 256) if has_small_tiles else (64, 64, 64)
     block_c = min(block_c, max(16, triton.next_power_of_2(width)))
     _logits_kernel[(triton.cdiv(num_experts, experts), triton.cdiv(num_tokens, tokens))](
         x_TC, router.weight_EC, bias, scratch.logits, num_tokens, num_experts, width,

@@ -10,7 +10,7 @@ from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.lora.bank import EMBEDDING, HEAD, REPLACEABLE, LoraBank
 from stellarbyte.ops.triton.lora import rows_of_one
 from tests.support.engines.engine import ModelEngine, make_request
-from tests.support.engines.gpu_engine import GpuEngine, own_stream
+from tests.support.gpu.gpu_engine import GpuEngine, own_stream
 from tests.support.models import oracle
 from tests.support.models.adapters import merged, random_adapter
 from tests.support.models.byte_transformer import make_model, random_tokens

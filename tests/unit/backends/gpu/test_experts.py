@@ -12,7 +12,7 @@ from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
 from tests.support.cases import SLOW_WITHOUT_GPU, some
 from tests.support.engines.engine import ModelEngine
-from tests.support.engines.gpu_engine import GpuEngine, own_stream
+from tests.support.gpu.gpu_engine import GpuEngine, own_stream
 from tests.support.models import oracle
 from tests.support.models.adapters import random_adapter
 from tests.support.models.byte_transformer import EXPERT_VARIANTS, EXPERTS, make_model, random_tokens

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from stellarbyte.backends.gpu.preparation import Preparation
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.engines.engine import generated, make_request
-from tests.support.engines.gpu_engine import GpuEngine, own_stream
+from tests.support.gpu.gpu_engine import GpuEngine, own_stream
 from tests.support.models.adapters import random_adapter
 from tests.support.models.byte_transformer import make_model
 

@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from stellarbyte.ops.triton.noise import gumbel_noise, gumbel_of_bits, row_keys
-from stellarbyte.ops.triton.sampler import CAPACITY, SamplerScratch, SamplingRows, sample
+from stellarbyte.ops.triton.sampling.noise import gumbel_noise, gumbel_of_bits, row_keys
+from stellarbyte.ops.triton.sampling.sampler import CAPACITY, SamplerScratch, SamplingRows, sample
 from stellarbyte.sampling.sampler import NO_TOKEN, RowSampling, choice_state
 from stellarbyte.sampling.sampler import gumbel_noise as reference_noise
 from stellarbyte.sampling.sampler import sample as reference

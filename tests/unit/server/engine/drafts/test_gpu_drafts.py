@@ -26,7 +26,7 @@ from tests.support.cases import SLOW_WITHOUT_GPU
 from tests.support.engines.drafting import FORMS, Guesses, answers_of, compute_masks_here, random_request
 from tests.support.engines.engine import make_request
 from tests.support.engines.engine_core import VOCABULARY
-from tests.support.engines.gpu_engine import GpuEngine, gpu_drafting_core, own_stream
+from tests.support.gpu.gpu_engine import GpuEngine, gpu_drafting_core, own_stream
 from tests.support.models.byte_transformer import make_model
 
 NUM_RUNS = 40

@@ -49,7 +49,7 @@ def cores(request: pytest.FixtureRequest, device: torch.device) -> Iterator[list
         return
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    from tests.support.engines.gpu_engine import GpuEngine, own_stream
+    from tests.support.gpu.gpu_engine import GpuEngine, own_stream
 
     with own_stream(device):
         yield [GpuEngine(model, device, max_num_seqs=8, max_model_len=40, **options).core()]

@@ -27,7 +27,7 @@ from tests.support.engines.drafting import Guesses, drafting_core
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, generated, make_request
 from tests.support.engines.engine_core import VOCABULARY as DRAFTED_VOCABULARY
 from tests.support.engines.engine_core import drain
-from tests.support.engines.gpu_engine import GpuEngine, own_stream
+from tests.support.gpu.gpu_engine import GpuEngine, own_stream
 from tests.support.models.adapters import RandomAdapter
 from tests.support.models.byte_transformer import make_model
 from tests.support.models.hugging_face import tiny_llama

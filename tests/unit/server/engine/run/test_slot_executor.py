@@ -26,8 +26,8 @@ from tests.support.engines.engine import ModelEngine, generated, make_request
 from tests.support.engines.engine_core import VOCABULARY as BYTES
 from tests.support.engines.engine_core import drain, model_core
 from tests.support.engines.faulty_runner import FaultyRunner
-from tests.support.engines.gpu_engine import GpuEngine, own_stream
 from tests.support.engines.recorded_plans import RecordingExecutor, replay
+from tests.support.gpu.gpu_engine import GpuEngine, own_stream
 from tests.support.models import oracle
 from tests.support.models.adapters import random_adapter
 from tests.support.models.byte_transformer import make_model

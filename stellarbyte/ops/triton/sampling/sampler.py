@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from stellarbyte.ops.triton.noise import gumbel_noise, row_keys
 from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
-from stellarbyte.ops.triton.truncation import (
+from stellarbyte.ops.triton.sampling.noise import gumbel_noise, row_keys
+from stellarbyte.ops.triton.sampling.truncation import (
     BINS,
     count_kernel,
     distance_below,

@@ -8,8 +8,8 @@ edge. Probability masses are summed as integers, so that the order of the list, 
 import triton
 import triton.language as tl
 
-from stellarbyte.ops.triton.noise import gumbel_noise
 from stellarbyte.ops.triton.overlap import wait_for_inputs
+from stellarbyte.ops.triton.sampling.noise import gumbel_noise
 
 BINS = tl.constexpr(256)  # 16 an octave of distances from 2^-10 to 2^6; the outer two include all beyond
 _BIN_SHIFT = tl.constexpr(19)  # drops all but exponent and four bits of a float32

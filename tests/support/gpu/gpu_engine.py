@@ -57,6 +57,7 @@ class GpuEngine:
         dtype: torch.dtype = torch.float32,
         adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
         quantization: str = "none",
+        is_invariant: bool = False,
         kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
         max_drafted: int = 0,
         **options: Any,
@@ -86,7 +87,7 @@ class GpuEngine:
         else:  # kept matrices have no memory in the model
             served._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device, dtype))
         self.steps = Steps(
-            TritonModel(served, config, bank, quantization=quantization, kept=kept),
+            TritonModel(served, config, bank, quantization=quantization, is_invariant=is_invariant, kept=kept),
             cache,
             max_rows=limits.max_num_seqs,
             max_tokens=limits.max_num_batched_tokens,
