@@ -27,6 +27,7 @@ from tests.support.engines.drafting import FORMS, Guesses, answers_of, compute_m
 from tests.support.engines.engine import make_request
 from tests.support.engines.engine_core import VOCABULARY
 from tests.support.gpu.gpu_engine import GpuEngine, gpu_drafting_core, own_stream
+from tests.support.gpu.triton_dots import placeless_dots
 from tests.support.models.byte_transformer import make_model
 
 NUM_RUNS = 40
@@ -102,6 +103,29 @@ def test_each_kind_of_request_gets_the_same_answer_beside_the_others(
     core = gpu_drafting_core(model, drafts, device, max_num_seqs=8)
     assert_all_same(answers_of(core, requests, at_once(requests), {}), expected)
     assert drafts.totals.num_accepted_tokens >= 7
+
+
+def test_deterministic_numbers_have_the_same_bits_with_drafts(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_masks_here(monkeypatch)
+    model = tiny_model(sliding_window=7, sink_tokens=2)
+    wishes: list[dict[str, Any]] = [{}, {"adapter": "a"}, {"temperature": 1.0, "top_p": 0.9, **PENALTIES}]
+    requests = [
+        make_request([3 + i, 5, 7, 9][: 2 + i], 7, str(i), seed=i, logprobs=2, return_token_ids=True, **wish)
+        for i, wish in enumerate(wishes)
+    ]
+    options: dict[str, Any] = {"max_num_seqs": 4, "is_invariant": True}
+    with placeless_dots():
+        expected = answers_of(gpu_drafting_core(model, None, device, **options), requests, at_once(requests), {})
+        coming = {name: list(delta.token_ids) for name, delta in expected.items()}
+        drafts = Guesses(coming, random.Random(3), runs_ahead=True)
+        found = answers_of(gpu_drafting_core(model, drafts, device, **options), requests, at_once(requests), {})
+    assert drafts.totals.num_accepted_tokens > 0
+    assert {name: delta.logprobs for name, delta in found.items()} == {
+        name: delta.logprobs for name, delta in expected.items()
+    }
+    assert all(delta.logprobs for delta in found.values())
 
 
 def test_an_answer_that_repeats_itself_takes_fewer_steps(device: torch.device) -> None:
