@@ -90,7 +90,7 @@ def measure(
 
 def with_gpu_weights(path: Path, quantization: str) -> ByteLanguageModel:
     """The model with all matrices but the embedding rounded to a GPU's format."""
-    model, int4 = float_model(path), Grid(kind="int4")
+    model, int4 = float_model(path), Grid(kind="int4", zero_points="real")
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             if quantization == "int4" and module is not model.lm_head:

@@ -17,7 +17,7 @@ from stellarbyte.ops.triton.weights import ExpertWeight, Weight, quantize, quant
 # E experts, N outputs, K inputs
 
 HEAD = "lm_head.weight"
-_INT4 = Grid(kind="int4")
+_INT4 = Grid(kind="int4", zero_points="real")
 
 
 class GpuMatrices:

@@ -22,7 +22,7 @@ def add_compress(commands: Any) -> None:
     command.add_argument("--keep-head", action="store_true", help="leave the output head as it is; default: 8 bits")
     command.add_argument(
         "--zero-points", choices=("integer", "real"), default="integer",
-        help="of int4; real: mostly smaller errors, but only CPUs have kernels for them; default: %(default)s",
+        help="of int4; real: mostly smaller errors, but compressed-tensors has none; default: %(default)s",
     )  # fmt: skip
     command.add_argument("--strength", type=float, metavar="X", help="smoothquant: 0 to 1; default: 0.5")
     command.add_argument(

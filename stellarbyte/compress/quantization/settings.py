@@ -22,7 +22,7 @@ class Quantization:
         scale_dtype: of the stored scales.
         strength: SmoothQuant's α, 0 to 1: how much of the inputs' range moves into weights; None: 0.5.
         keeps_zeros: weights that are 0 stay 0, as after pruning.
-        zero_points: of int4: "integer", as GPU kernels take them, "real", whose rounding errors are smaller, or
+        zero_points: of int4: "integer", which keeps 0 exactly, "real", whose rounding errors are smaller, or
             "symmetric", as other programs read it best.
     """
 

@@ -63,7 +63,8 @@ def dequantize(weight: GroupedWeight, dtype: torch.dtype) -> torch.Tensor:
     out_NK = torch.empty(num_outputs, num_inputs, dtype=dtype, device=weight.device)
     kernel, block, own = _dequantize_kernel, group, {}
     if weight.kind == "int4":
-        kernel, block, own = _dequantize_int4_kernel, SLAB, {"IS_HALF": weight.scale_dtype == torch.float16}
+        kernel, block = _dequantize_int4_kernel, SLAB
+        own = {"IS_HALF": weight.scale_dtype == torch.float16, "HAS_REAL_ZEROS": weight.has_real_zeros}
     kernel[(triton.cdiv(num_outputs, _BLOCK_N), triton.cdiv(num_inputs, block))](
         weight.codes, weight.groups_GN, out_NK, num_outputs, num_inputs, BLOCK_N=_BLOCK_N, GROUP=group, **own,
         **overlapping(weight.device),
@@ -90,7 +91,7 @@ def _dequantize_kernel(
 @triton.jit
 def _dequantize_int4_kernel(
     codes, groups, out, num_outputs, num_inputs, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, IS_HALF: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    HAS_REAL_ZEROS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One slab of some outputs, by its quarters of 16 inputs."""
     wait_for_inputs(OVERLAPS)  # the product before may still read what lies in this memory
@@ -103,6 +104,6 @@ def _dequantize_int4_kernel(
         first = h * 64 + quarter * 16
         mask = inside & (first < num_inputs)
         words = tl.load(groups + first // GROUP * num_outputs + n, mask=mask, other=0)
-        number = (numbers >> 4 * quarter & 15) - group_zero(words)[:, None]
-        number = number.to(tl.float32) * group_scale(words, IS_HALF)[:, None]
+        number = (numbers >> 4 * quarter & 15).to(tl.float32) - group_zero(words, HAS_REAL_ZEROS)[:, None]
+        number *= group_scale(words, IS_HALF)[:, None]
         tl.store(out + n[:, None] * num_inputs + first + b, number.to(out.dtype.element_ty), mask=mask[:, None])

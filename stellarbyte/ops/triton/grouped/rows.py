@@ -95,7 +95,11 @@ def rows_product(
     kernel, own = _rows_kernel, {}
     if weight.kind == "int4":
         kernel = int4_rows_kernel
-        own = {"SCALES_FIRST": tile.scales_first, "IS_HALF": weight.scale_dtype == torch.float16}
+        own = {
+            "SCALES_FIRST": tile.scales_first,
+            "IS_HALF": weight.scale_dtype == torch.float16,
+            "HAS_REAL_ZEROS": weight.has_real_zeros,
+        }
     kernel[(triton.cdiv(num_outputs, tile.block_n), triton.cdiv(num_rows, tile.rows), parts)](
         x_TK,
         weight.codes,

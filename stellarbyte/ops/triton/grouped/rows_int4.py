@@ -20,8 +20,8 @@ def int4_rows_kernel(
     x, codes, groups, bias, residual, branch_scale, out, num_rows, num_outputs, num_inputs,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, UNROLL: tl.constexpr,
     NUM_STEPS: tl.constexpr, STEPS_OF_PART: tl.constexpr, EVEN: tl.constexpr, SCALES_FIRST: tl.constexpr,
-    IS_HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr,
-    IS_PART: tl.constexpr, GATE: tl.constexpr, OVERLAPS: tl.constexpr,
+    IS_HALF: tl.constexpr, HAS_REAL_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_BRANCH_SCALE: tl.constexpr, IS_PART: tl.constexpr, GATE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Tiles are [S, N, 16] and [S, 16, T]; without S where one slab is multiplied at once, for wider matrix units."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -66,12 +66,22 @@ def int4_rows_kernel(
             # Of groups of 32, a slab holds two, of which the last slab may lack one.
             to_next = tl.where(h * 64 + 32 < num_inputs, width, 0) if GROUP == 32 else 0
             total = _add_slabs(
-                total, quarters, place, inside, place_of_groups, to_next, inside_groups, GROUP, SCALES_FIRST, IS_HALF
+                total,
+                quarters,
+                place,
+                inside,
+                place_of_groups,
+                to_next,
+                inside_groups,
+                GROUP,
+                SCALES_FIRST,
+                IS_HALF,
+                HAS_REAL_ZEROS,
             )
             if GATE:
                 ups = _add_slabs(
                     ups, quarters, place + num_outputs.to(tl.int64) * 16, inside, place_of_groups + num_outputs,
-                    to_next, inside_groups, GROUP, SCALES_FIRST, IS_HALF,
+                    to_next, inside_groups, GROUP, SCALES_FIRST, IS_HALF, HAS_REAL_ZEROS,
                 )  # fmt: skip
     if SPLIT > 1:
         total, ups = tl.sum(total, axis=0), tl.sum(ups, axis=0)
@@ -84,7 +94,7 @@ def int4_rows_kernel(
 @triton.jit
 def _add_slabs(
     total, quarters, place, inside, place_of_groups, to_next, inside_groups, GROUP: tl.constexpr,
-    SCALES_FIRST: tl.constexpr, IS_HALF: tl.constexpr,
+    SCALES_FIRST: tl.constexpr, IS_HALF: tl.constexpr, HAS_REAL_ZEROS: tl.constexpr,
 ):  # fmt: skip
     """total + the products with the slabs at `place`; low and high are of the first and the second 32 inputs."""
     element: tl.constexpr = quarters[0].dtype
@@ -93,8 +103,8 @@ def _add_slabs(
     high_words = low_words
     if GROUP == 32:
         high_words = tl.load(place_of_groups + to_next, mask=inside_groups, other=0)
-    low_zeros = tl.expand_dims(group_zero(low_words), -1)
-    high_zeros = tl.expand_dims(group_zero(high_words), -1)
+    low_zeros = tl.expand_dims(group_zero(low_words, HAS_REAL_ZEROS), -1)
+    high_zeros = tl.expand_dims(group_zero(high_words, HAS_REAL_ZEROS), -1)
     w = unpack_quarters(codes, low_zeros, high_zeros, element)
     low_scales = tl.expand_dims(group_scale(low_words, IS_HALF), -1)
     high_scales = tl.expand_dims(group_scale(high_words, IS_HALF), -1)

@@ -17,21 +17,51 @@ def group_scale(words, IS_HALF: tl.constexpr):
 
 
 @triton.jit
-def group_zero(words):
-    """int32 zero points of words of int4 groups."""
+def group_zero(words, IS_REAL: tl.constexpr):
+    """Zero points of words of int4 groups: int32, or float32 if IS_REAL."""
     if words.dtype == tl.int64:
-        return (words >> 32).to(tl.int32)
-    return words >> 16
+        zeros = (words >> 32).to(tl.int32)
+    else:
+        zeros = words >> 16
+    return zeros.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) if IS_REAL else zeros
 
 
 @triton.jit
 def unpack_quarters(codes, low_zeros, high_zeros, ELEMENT: tl.constexpr):
-    """The four codes of each int16, lowest bits first, exact in ELEMENT: two less `low_zeros`, two less `high_zeros`.
+    """The four codes of each int16, lowest bits first, in ELEMENT: two less `low_zeros`, two less `high_zeros`.
 
-    Zeros are int32, of a shape that broadcasts. In bfloat16, the codes of two neighbours become the last mantissa bits
-    of 128 + code at once.
+    Zeros are int32, and the results exact, or float32, of a shape that broadcasts. In bfloat16, the codes of two
+    neighbours become the last mantissa bits of 128 + code at once; real zeros are rounded to it first.
     """
-    if _HAS_PTX and ELEMENT == tl.bfloat16:
+    if _HAS_PTX and ELEMENT == tl.bfloat16 and low_zeros.dtype == tl.float32:
+        low, _ = tl.broadcast((-low_zeros).to(tl.bfloat16), codes)
+        high, _ = tl.broadcast((-high_zeros).to(tl.bfloat16), codes)
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 second, third, fourth, one, base;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 base, 0xC300C300;
+            shr.u32 second, $4, 4;
+            shr.u32 third, $4, 8;
+            shr.u32 fourth, $4, 12;
+            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, second, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $2, third, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $3, fourth, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, $0, one, base;
+            fma.rn.bf16x2 $1, $1, one, base;
+            fma.rn.bf16x2 $2, $2, one, base;
+            fma.rn.bf16x2 $3, $3, one, base;
+            fma.rn.bf16x2 $0, $0, one, $5;
+            fma.rn.bf16x2 $1, $1, one, $5;
+            fma.rn.bf16x2 $2, $2, one, $6;
+            fma.rn.bf16x2 $3, $3, one, $6;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r,r,r", [codes, low, high], (tl.bfloat16,) * 4, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif _HAS_PTX and ELEMENT == tl.bfloat16:
         low, _ = tl.broadcast(_less_128(low_zeros), codes)
         high, _ = tl.broadcast(_less_128(high_zeros), codes)
         return tl.inline_asm_elementwise(

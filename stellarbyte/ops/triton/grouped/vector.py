@@ -68,6 +68,7 @@ def vector_product(
         EVEN=num_inputs % (SLAB * tile.slabs) == 0 and num_outputs % (tile.block_n * tile.repeats) == 0,
         GROUP=weight.group_size,
         IS_HALF=weight.scale_dtype == torch.float16,
+        HAS_REAL_ZEROS=weight.has_real_zeros,
         HAS_BIAS=weight.bias_N is not None,
         HAS_NORM=norm_K is not None,
         HAS_RESIDUAL=residual_1N is not None,
@@ -82,8 +83,9 @@ def vector_product(
 def _vector_kernel(
     x, codes, groups, bias, norm, residual, branch_scale, out, num_outputs, num_inputs, eps,
     BLOCK_N: tl.constexpr, REPEATS: tl.constexpr, SLABS: tl.constexpr, NUM_TILES: tl.constexpr, EVEN: tl.constexpr,
-    GROUP: tl.constexpr, IS_HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr, OVERLAPS: tl.constexpr,
+    GROUP: tl.constexpr, IS_HALF: tl.constexpr, HAS_REAL_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Some outputs; the next slabs' numbers are loaded ahead, the first ones while the row is still being computed."""
     let_next_begin(OVERLAPS)
@@ -124,7 +126,7 @@ def _vector_kernel(
             total = before[r]
             for g in tl.static_range(GROUPS):
                 words = groups_now[r * GROUPS + g]
-                zero = 16.0 + group_zero(words).to(tl.float32)
+                zero = 16.0 + group_zero(words, HAS_REAL_ZEROS).to(tl.float32)
                 total += group_scale(words, IS_HALF) * (codes_sums[g] - zero * sums[g][:, None])
             totals += (total,)
     factor = 1.0

@@ -24,8 +24,9 @@ class GroupedWeight:
             and 48 + i, so that each four bits of several numbers are a matrix [N, 16]; the last slab may be half
             empty. int8 and fp8 (e4m3): [N, K].
         groups_GN: int8 and fp8: scales in float16, bfloat16 or float32. int4: words, with the bits of a scale below and
-            of a zero point (0 to 16) above: int32 with scales of 16 bits, int64 with float32.
+            of a zero point above: int32 with scales of 16 bits, int64 with float32.
         scale_dtype: of the scales.
+        has_real_zeros: zero points are float16 numbers; else integers from 0 to 16.
         bias_N: in the model's dtype.
     """
 
@@ -34,6 +35,7 @@ class GroupedWeight:
     codes: torch.Tensor
     groups_GN: torch.Tensor
     scale_dtype: torch.dtype
+    has_real_zeros: bool = False
     bias_N: torch.Tensor | None = None
 
     @property
@@ -62,6 +64,8 @@ class GroupedWeight:
         bits = _bits(self.scale_dtype)
         scales_GN = self.groups_GN.to(_WORD_OF[bits]).view(self.scale_dtype)
         zeros_GN = self.groups_GN >> bits
+        if self.has_real_zeros:
+            zeros_GN = zeros_GN.to(torch.int16).view(torch.float16).float()
         return self._scaled(numbers_NK - zeros_GN.T.repeat_interleave(self.group_size, dim=1), scales_GN)
 
     def _scaled(self, numbers_NK: torch.Tensor, scales_GN: torch.Tensor) -> torch.Tensor:
@@ -70,8 +74,7 @@ class GroupedWeight:
 
 def takes(matrix: QuantizedMatrix) -> bool:
     """Whether the kernels have a form for these numbers."""
-    has_codes_as_zeros = matrix.zeros is None or matrix.zeros.dtype == torch.uint8
-    return matrix.group_size % _KERNEL_GROUPS[-1] == 0 and has_codes_as_zeros
+    return matrix.group_size % _KERNEL_GROUPS[-1] == 0
 
 
 def grouped(matrices: Sequence[QuantizedMatrix], bias_N: torch.Tensor | None = None) -> GroupedWeight:
@@ -85,22 +88,28 @@ def grouped(matrices: Sequence[QuantizedMatrix], bias_N: torch.Tensor | None = N
     dtypes = {matrix.scales.dtype for matrix in matrices}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     groups_GN = torch.cat([by_group(matrix.scales.to(dtype), matrix) for matrix in matrices], dim=1)
+    has_real_zeros = False
     if kind == "int4":
         zeros = [matrix.zeros for matrix in matrices if matrix.zeros is not None]  # all: int4 always has them
+        has_real_zeros = any(one.is_floating_point() for one in zeros)
+        zeros = [one.half() if has_real_zeros else one for one in zeros]
         zeros_GN = torch.cat([by_group(one, matrix) for one, matrix in zip(zeros, matrices, strict=True)], dim=1)
         groups_GN = packed_groups(groups_GN, zeros_GN)
         codes = torch.cat([_slabs(matrix) for matrix in matrices], dim=1)
     else:
         codes = torch.cat([matrix.codes for matrix in matrices])
     return GroupedWeight(
-        kind=kind, group_size=group, codes=codes, groups_GN=groups_GN.contiguous(), scale_dtype=dtype, bias_N=bias_N
-    )
+        kind=kind, group_size=group, codes=codes, groups_GN=groups_GN.contiguous(), scale_dtype=dtype,
+        has_real_zeros=has_real_zeros, bias_N=bias_N,
+    )  # fmt: skip
 
 
 def packed_groups(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """The words of int4: scales in the form of their dtype, and integers from 0 to 16 above."""
+    """The words of int4: scales in the form of their dtype, and above them integers from 0 to 16 or float16 numbers."""
     bits = _bits(scales.dtype)
     word = torch.int32 if bits == 16 else torch.int64
+    if zeros.is_floating_point():
+        zeros = zeros.contiguous().view(torch.int16)
     return scales.contiguous().view(_WORD_OF[bits]).to(word) & (1 << bits) - 1 | zeros.to(word) << bits
 
 

@@ -18,7 +18,7 @@ from tests.support.models.adapters import random_adapter
 from tests.support.models.byte_transformer import make_model, random_tokens
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "mlp_bias": True}
-GRID = Grid(kind="int4")
+GRID = Grid(kind="int4", zero_points="real")
 
 
 @torch.no_grad()

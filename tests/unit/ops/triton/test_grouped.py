@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def stored(
-    kind: Kind, shape: tuple[int, int], group: int, *, has_zeros: bool = False, seed: int = 0
+    kind: Kind, shape: tuple[int, int], group: int, *, has_zeros: bool | str = False, seed: int = 0
 ) -> QuantizedMatrix:
     """Any codes, as checkpoints keep them."""
     chance = torch.Generator().manual_seed(seed)
@@ -39,6 +39,9 @@ def stored(
         return QuantizedMatrix(kind=kind, codes=codes.float().to(dtype), scales=scales)
     codes = torch.randint(0, 256, (num_outputs, num_inputs // 2), generator=chance).to(torch.uint8)
     zeros = torch.full((num_outputs, num_groups), 8)
+    if has_zeros == "real":
+        between = 20 * torch.rand(zeros.shape, generator=chance) - 2
+        return QuantizedMatrix(kind="int4", codes=codes, scales=scales.half(), zeros=between.half())
     if has_zeros:
         zeros = torch.randint(0, 17, zeros.shape, generator=chance)
     return QuantizedMatrix(kind="int4", codes=codes, scales=scales.half(), zeros=zeros.to(torch.uint8))
@@ -62,9 +65,10 @@ def on(device: torch.device, weight: GroupedWeight) -> GroupedWeight:
     return dataclasses.replace(weight, **tensors)
 
 
-FORMS: list[tuple[Kind, int, bool]] = [
+Form = tuple[Kind, int, bool | str]  # group; zero points: none, integers (True) or "real"
+FORMS: list[Form] = [
     ("int4", 32, True), ("int4", 128, False), ("int4", 64, True), ("int4", 256, True), ("int8", 64, False),
-    ("fp8", 128, False), ("int8", 32, False), ("fp8", 32, False),
+    ("fp8", 128, False), ("int8", 32, False), ("fp8", 32, False), ("int4", 32, "real"), ("int4", 64, "real"),
 ]  # fmt: skip
 
 
@@ -77,7 +81,11 @@ FORMS: list[tuple[Kind, int, bool]] = [
     ids=str,
 )  # fmt: skip
 def test_a_product_with_what_stands_around_it(
-    form: tuple[Kind, int, bool], num_rows: int, shape: tuple[int, int], parts: tuple[str, ...], device: torch.device
+    form: Form,
+    num_rows: int,
+    shape: tuple[int, int],
+    parts: tuple[str, ...],
+    device: torch.device,
 ) -> None:
     kind, group, has_zeros = form
     if "norm" in parts and (num_rows > 1 or kind != "int4"):
@@ -109,7 +117,7 @@ def test_a_product_with_what_stands_around_it(
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_dequantized_matrices_are_the_checkpoints_numbers(form: tuple[Kind, int, bool], device: torch.device) -> None:
+def test_dequantized_matrices_are_the_checkpoints_numbers(form: Form, device: torch.device) -> None:
     """Of matrices below each other, whose groups and scales differ; by torch, by the kernel, and of some rows."""
     kind, group, has_zeros = form
     matrices = [
@@ -204,8 +212,8 @@ def test_one_row_in_bfloat16(device: torch.device) -> None:
 
 @pytest.mark.parametrize("num_rows", [2, 20, 70, 260])
 def test_several_rows_in_bfloat16(num_rows: int, device: torch.device) -> None:
-    """The codes are exact in front of the matrix units; of many rows with int4, their products with scales are rounded,
-    and in the dequantized matrix of more rows all numbers are."""
+    """Codes less integers are exact in front of the matrix units, and real zero points rounded; of many rows with int4,
+    their products with scales are rounded, and in the dequantized matrix of more rows all numbers are."""
     if device.type == "cpu":
         pytest.skip("Triton's interpreter multiplies no bfloat16 matrices")
     for kind, group, has_zeros in FORMS:
@@ -213,9 +221,15 @@ def test_several_rows_in_bfloat16(num_rows: int, device: torch.device) -> None:
         numbers = numbers_of(matrix)
         if num_rows > MAX_ROWS:
             numbers = numbers.bfloat16().double()
-        elif kind == "int4" and num_rows > 16:
-            scales = matrix.scales.double().repeat_interleave(group, dim=1)
-            numbers = ((numbers / scales).round() * scales.bfloat16().double()).bfloat16().double()
+        elif kind == "int4":
+            assert matrix.zeros is not None
+            zeros, scales = (
+                part.double().repeat_interleave(group, dim=1) for part in (matrix.zeros.bfloat16(), matrix.scales)
+            )
+            steps = (matrix.unpacked_codes() - zeros).bfloat16().double()  # exact for integers
+            numbers = steps * scales
+            if num_rows > 16:
+                numbers = (steps * scales.bfloat16().double()).bfloat16().double()
         expected = x.double() @ numbers.T
         found = grouped_linear(x.to(device), on(device, grouped([matrix])))
         torch.testing.assert_close(found.cpu().double(), expected, rtol=2**-8, atol=2e-3)
