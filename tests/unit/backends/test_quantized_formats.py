@@ -198,11 +198,11 @@ def test_gpu_keeps_the_weights_that_dora_reads(name: str, device: torch.device, 
 
 
 def test_gpu_rounds_to_int4_what_is_not_kept(device: torch.device, tmp_path: Path) -> None:
-    """The numbers of `compress --method round`; the head in int8. A kept int4 is not rounded again, another form is."""
+    """The nearest numbers with real zero points; the head in int8. Kept int4 is not rounded again, another form is."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from stellarbyte.backends.gpu.model import TritonModel
 
-    grid, module = Grid(kind="int4"), "model.layers.1.mlp.down_proj"
+    grid, module = Grid(kind="int4", zero_points="real"), "model.layers.1.mlp.down_proj"
     for name, is_same in (("awq", True), ("compressed-tensors W8A8", False), ("nf4", False)):
         folder = convert(write_quantized(tmp_path / name, name)[0], tmp_path / name / "target")
         model, kept = load_quantized(folder, dtype=torch.float32, device=device)

@@ -14,7 +14,7 @@ from stellarbyte.compress.quantization.settings import Quantization
 from stellarbyte.compress.quantization.statistics import InputStatistics, product_errors
 from stellarbyte.ops.cpu.linear import INT4_GROUP, INT8_GROUP
 from stellarbyte.ops.cpu.packing import panels_of, unpack
-from stellarbyte.ops.triton.grouped.weights import takes
+from stellarbyte.ops.triton.grouped.weights import grouped, takes
 
 KINDS: tuple[Kind, ...] = ("int4", "int8", "fp8")
 
@@ -110,7 +110,7 @@ def test_real_zero_points_keep_the_range_of_a_group() -> None:
     assert stored.zeros is not None and stored.zeros.dtype == torch.float16
     assert torch.equal(stored.dequantized(), found)
     np.testing.assert_allclose(unpack(panels_of(_kernel_rows(stored)))[:24], found.numpy(), rtol=3e-6, atol=3e-6)
-    assert not takes(stored) and takes(integer.stored(integer.codes(weight, levels), integer.fit(weight)))
+    assert takes(stored) and torch.equal(grouped([stored]).dequantized(), found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
