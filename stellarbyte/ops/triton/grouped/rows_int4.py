@@ -66,18 +66,9 @@ def int4_rows_kernel(
             # Of groups of 32, a slab holds two, of which the last slab may lack one.
             to_next = tl.where(h * 64 + 32 < num_inputs, width, 0) if GROUP == 32 else 0
             total = _add_slabs(
-                total,
-                quarters,
-                place,
-                inside,
-                place_of_groups,
-                to_next,
-                inside_groups,
-                GROUP,
-                SCALES_FIRST,
-                IS_HALF,
+                total, quarters, place, inside, place_of_groups, to_next, inside_groups, GROUP, SCALES_FIRST, IS_HALF,
                 HAS_REAL_ZEROS,
-            )
+            )  # fmt: skip
             if GATE:
                 ups = _add_slabs(
                     ups, quarters, place + num_outputs.to(tl.int64) * 16, inside, place_of_groups + num_outputs,

@@ -33,15 +33,11 @@ def unpack_quarters(codes, low_zeros, high_zeros, ELEMENT: tl.constexpr):
     Zeros are int32, and the results exact, or float32, of a shape that broadcasts. In bfloat16, the codes of two
     neighbours become the last mantissa bits of 128 + code at once; real zeros are rounded to it first.
     """
-    if _HAS_PTX and ELEMENT == tl.bfloat16 and low_zeros.dtype == tl.float32:
-        low, _ = tl.broadcast((-low_zeros).to(tl.bfloat16), codes)
-        high, _ = tl.broadcast((-high_zeros).to(tl.bfloat16), codes)
-        return tl.inline_asm_elementwise(
+    if _HAS_PTX and ELEMENT == tl.bfloat16:
+        first, second, third, fourth = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 second, third, fourth, one, base;
-            mov.b32 one, 0x3F803F80;
-            mov.b32 base, 0xC300C300;
+            .reg .b32 second, third, fourth;
             shr.u32 second, $4, 4;
             shr.u32 third, $4, 8;
             shr.u32 fourth, $4, 12;
@@ -49,40 +45,12 @@ def unpack_quarters(codes, low_zeros, high_zeros, ELEMENT: tl.constexpr):
             lop3.b32 $1, second, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 $2, third, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 $3, fourth, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $0, $0, one, base;
-            fma.rn.bf16x2 $1, $1, one, base;
-            fma.rn.bf16x2 $2, $2, one, base;
-            fma.rn.bf16x2 $3, $3, one, base;
-            fma.rn.bf16x2 $0, $0, one, $5;
-            fma.rn.bf16x2 $1, $1, one, $5;
-            fma.rn.bf16x2 $2, $2, one, $6;
-            fma.rn.bf16x2 $3, $3, one, $6;
             }
             """,
-            "=&r,=&r,=&r,=&r,r,r,r", [codes, low, high], (tl.bfloat16,) * 4, is_pure=True, pack=2,
+            "=&r,=&r,=&r,=&r,r", [codes], (tl.bfloat16,) * 4, is_pure=True, pack=2,
         )  # fmt: skip
-    elif _HAS_PTX and ELEMENT == tl.bfloat16:
-        low, _ = tl.broadcast(_less_128(low_zeros), codes)
-        high, _ = tl.broadcast(_less_128(high_zeros), codes)
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 second, third, fourth, one;
-            mov.b32 one, 0x3F803F80;
-            shr.u32 second, $4, 4;
-            shr.u32 third, $4, 8;
-            shr.u32 fourth, $4, 12;
-            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $1, second, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $2, third, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $3, fourth, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $0, $0, one, $5;
-            fma.rn.bf16x2 $1, $1, one, $5;
-            fma.rn.bf16x2 $2, $2, one, $6;
-            fma.rn.bf16x2 $3, $3, one, $6;
-            }
-            """,
-            "=&r,=&r,=&r,=&r,r,r,r", [codes, low, high], (tl.bfloat16,) * 4, is_pure=True, pack=2,
+        return (
+            _less(first, low_zeros), _less(second, low_zeros), _less(third, high_zeros), _less(fourth, high_zeros)
         )  # fmt: skip
     else:
         codes = codes.to(tl.int32)
@@ -93,9 +61,12 @@ def unpack_quarters(codes, low_zeros, high_zeros, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _less_128(zeros):
-    """-128 - zeros in bfloat16, whose last mantissa bits the zeros become."""
-    return (zeros | -0x3D00).to(tl.int16).to(tl.bfloat16, bitcast=True)
+def _less(numbers, zeros):
+    """bfloat16 numbers - 128 - zeros. Integers become the last mantissa bits of -128 - zero, which is exact."""
+    if zeros.dtype == tl.float32:
+        return (numbers + tl.full([], -128.0, tl.bfloat16)) - zeros.to(tl.bfloat16)
+    else:
+        return numbers + (zeros | -0x3D00).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
