@@ -85,13 +85,13 @@ class AdapterMemory:
         self._store = store
         self._slots = slots
         self._max_versions = max_versions
-        self._held: set[AdapterVersion] = set()  # in memory, or being read
+        self._held: dict[AdapterVersion, None] = {}  # in memory, or being read; in the order of their reads
         self._num_uses = 0
 
     def residency(self) -> AdapterResidency:
         """The adapters that new requests find in slots and in CPU memory, by name."""
         in_slots = self._slots.versions()
-        return AdapterResidency(_names_of(in_slots), _names_of(self._held - in_slots))
+        return AdapterResidency(_names_of(in_slots), _names_of(self._held.keys() - in_slots))
 
     def touch(self, version: AdapterVersion) -> None:
         """Note that a version is used."""
@@ -105,12 +105,13 @@ class AdapterMemory:
 
     def start_read(self, version: AdapterVersion) -> None:
         """Read a version, even beyond the limit."""
-        self._held.add(version)
+        self._held[version] = None
         version.is_reading = True
         self._store.read(version)
 
     def make_room(self, num_places: int, keep: Set[AdapterVersion]) -> bool:
-        """Evict least recently used versions, except `keep`, for `num_places` more; returns whether there is room."""
+        """Evict least recently used versions, those never used first, except `keep`, for `num_places` more; returns
+        whether there is room."""
         counted = [version for version in self._held if version.state != "draining"]
         excess = len(counted) + num_places - self._max_versions
         idle = [version for version in counted if version not in keep and self._may_go(version)]
@@ -126,7 +127,7 @@ class AdapterMemory:
     def forget(self, version: AdapterVersion) -> None:
         """Free a version's memory, or discard its pending read."""
         if version in self._held:
-            self._held.remove(version)
+            del self._held[version]
             version.is_reading = version.is_in_memory = False
             self._store.forget(version)
 

@@ -156,6 +156,7 @@ class AdapterNames:
         known = set() if old is None else {old.content_hash}
         if any(content_hash not in known and beside.find(name, content_hash) is None for content_hash in wanted):
             return None
+        replaced: list[AdapterVersion] = []
         chosen = beside.find(name, current)
         if chosen is not None and chosen is not old:
             beside.take(chosen)
@@ -163,8 +164,11 @@ class AdapterNames:
             self.current[name] = chosen
             if old is not None:
                 chosen.totals, old.pinned = old.totals, False
-                beside.keep(old)
-        return beside.set(name, shares)
+                if beside.find(name, old.content_hash) is None:
+                    beside.keep(old)
+                else:  # a stored copy of the same content stays instead
+                    replaced.append(old)
+        return [*replaced, *beside.set(name, shares)]
 
 
 def _stored_version(name: str, stored: StoredAdapter) -> AdapterVersion:

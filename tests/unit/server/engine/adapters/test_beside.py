@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stellarbyte_server.engine.adapters.beside import share_of
+from stellarbyte_server.engine.adapters.folder import stored_files
 from stellarbyte_server.engine.adapters.names import RETRY_FAILED_S
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.adapter_versions import RecordedAdapters, RestoredAdapter, SetVersions, StoredAdapter
@@ -92,6 +93,20 @@ def test_running_requests_keep_their_version_while_the_versions_change(folder: P
     assert [card.state for card in engine.cards() if card.content_hash == "hash of b"] == ["draining"]
     engine.replies += engine.adapters.release(version)
     assert len(engine.store.in_memory) == 1
+
+
+def test_the_stored_copy_stays_of_two_versions_with_the_same_content(folder: Path) -> None:
+    """The folder's own adapter is replaced while a copy of it lies beside it: one is kept, the other is forgotten."""
+    engine = AdapterEngine(folder, max_in_memory=5)
+    engine.submit("a")
+    engine.run()  # the folder's own
+    for root in ("a", "b"):
+        loaded_beside(engine, root, name="a")
+    assert len(engine.store.in_memory) == 3
+    set_versions(engine, "b", ("a", 0.5), ("b", 0.5), name="a")
+    assert sorted(version.files == stored_files(stored("a")) for version in engine.store.in_memory) == [False, True]
+    assert engine.unload("a") == AdapterUnloaded("unload a", 200 + 100)  # b has a slot, too
+    assert not engine.store.in_memory and not engine.store.in_slots
 
 
 def test_a_load_or_an_unloading_ends_a_split(folder: Path) -> None:
