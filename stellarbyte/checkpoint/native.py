@@ -199,12 +199,19 @@ def read_parts(
     Raises:
         CheckpointError: a file cannot be read.
     """
-    for file in checkpoint.files:
-        for name, tensor in read_pieces(file, indices):
-            yield name, tensor.to(dtype)
+    yield from read_plain_parts(checkpoint, indices, dtype)
     for name, stored in checkpoint.quantized.items():
         rows, *others = indices[name] or (slice(None),)
         yield name, stored.read()[rows].dequantized()[:, *others].to(dtype).contiguous()
+
+
+def read_plain_parts(
+    checkpoint: Checkpoint, indices: Mapping[str, tuple[slice, ...]], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `read_parts`, without the quantized matrices."""
+    for file in checkpoint.files:
+        for name, tensor in read_pieces(file, indices):
+            yield name, tensor.to(dtype)
 
 
 def read_parameter(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -54,7 +54,7 @@ def _print_plan(options: argparse.Namespace) -> int:
     for plan in plans:
         print(_row(plan))
     if options.gpus > 1:
-        print("\nmore than one rank (--tensor-parallel-size): served on CPUs only")
+        print("\nmore than one rank (--tensor-parallel-size): not run on several GPUs yet")
     return 0
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import distributed
 
 # A rank that has died closes its connections, which others see at once; this limit is for one that hangs.
-_TIMEOUT = timedelta(minutes=5)
-_CONNECT_TIMEOUT = timedelta(minutes=1)
+TIMEOUT = timedelta(minutes=5)
+CONNECT_TIMEOUT = timedelta(minutes=1)
 
 
 class RankGroup(Protocol):
@@ -20,12 +20,26 @@ class RankGroup(Protocol):
     ranks: int
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, of x's shape and dtype; computed in float32 at least. x may change."""
+        """The sum over all ranks, of x's shape and dtype. x may change."""
         ...
 
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The tensor of each rank, in their order."""
         ...
+
+
+class AloneGroup:
+    """No other ranks: results have the shapes of a group's, and lack what the others would give."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank = rank
+        self.ranks = ranks
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x] * self.ranks
 
 
 class GlooGroup:
@@ -50,8 +64,8 @@ class GlooGroup:
         if Path("/sys/class/net/lo").exists():  # otherwise that of the host's name, which others may reach
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         shared = distributed.FileStore(str(self._store), self.ranks)  # type: ignore[attr-defined]
-        shared.set_timeout(_CONNECT_TIMEOUT)
-        self._group = distributed.ProcessGroupGloo(shared, self.rank, self.ranks, _TIMEOUT)
+        shared.set_timeout(CONNECT_TIMEOUT)
+        self._group = distributed.ProcessGroupGloo(shared, self.rank, self.ranks, TIMEOUT)
         self.all_reduce(torch.zeros(1))
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

@@ -27,10 +27,12 @@ def replica_environments(settings: EngineSettings, gpus: Sequence[str]) -> list[
     """
     if not gpus:
         return [{} for _ in range(1 if settings.replicas is None else settings.replicas)]
-    number = len(gpus) if settings.replicas is None else settings.replicas
-    if number > len(gpus):
-        raise SettingsError(f"--replicas: {number} is more than the {len(gpus)} GPUs that torch finds")
-    return [{VISIBLE: gpus[index]} for index in range(number)]
+    ranks = settings.tensor_parallel_size
+    number = max(1, len(gpus) // ranks) if settings.replicas is None else settings.replicas
+    if number * ranks > len(gpus):
+        each = "" if ranks == 1 else f" times --tensor-parallel-size {ranks}"
+        raise SettingsError(f"--replicas: {number}{each} is more than the {len(gpus)} GPUs that torch finds")
+    return [{VISIBLE: ",".join(gpus[index * ranks : (index + 1) * ranks])} for index in range(number)]
 
 
 def visible_gpus(settings: EngineSettings, ours: Mapping[str, str]) -> list[str]:

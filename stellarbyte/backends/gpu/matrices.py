@@ -12,7 +12,7 @@ from stellarbyte.compress.quantization.grid import Grid
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.ops.triton.grouped.weights import grouped, takes
-from stellarbyte.ops.triton.weights import ExpertWeight, Weight, quantize, quantize_experts
+from stellarbyte.ops.triton.weights import ExpertWeight, Weight, dequantized, quantize, quantize_experts
 
 # E experts, N outputs, K inputs
 
@@ -45,6 +45,8 @@ class GpuMatrices:
         self.quantization: str = form if form is not None and self.is_kept else quantization
         # The head's rounding errors reach the logits directly, and those of int4 and fp8 are larger.
         self._of_head = "none" if quantization == "none" else "int8"
+        kept_head = kept.get(HEAD)
+        self.keeps_head = kept_head is not None and _fits(kept_head) and self._of_head in ("none", kept_head.kind)
 
     def packed(self, names: Sequence[str], bias_N: torch.Tensor | None = None) -> PackedWeight:
         """Matrices with one input, below each other.
@@ -76,9 +78,8 @@ class GpuMatrices:
 
     def head(self) -> PackedWeight:
         """The output head, without bias."""
-        kept = self._kept.get(HEAD)
-        if kept is not None and _fits(kept) and self._of_head in ("none", kept.kind):
-            return _as_kept([kept.to(self._device)])
+        if self.keeps_head:
+            return _as_kept([self._kept[HEAD].to(self._device)])
         weight = Weight(matrix_NK=self._numbers(HEAD))
         return weight if self._of_head == "none" else quantize(weight, self._of_head)
 
@@ -112,6 +113,15 @@ def _as_kept(matrices: Sequence[QuantizedMatrix], bias_N: torch.Tensor | None = 
     codes_NK = torch.cat([matrix.codes for matrix in matrices])
     scales_N = torch.cat([matrix.scales[:, 0].float() for matrix in matrices])
     return Weight(matrix_NK=codes_NK, scales_N=scales_N, bias_N=bias_N)
+
+
+def as_served(name: str, matrix_NK: torch.Tensor, quantization: str) -> torch.Tensor:
+    """The numbers that products multiply by, once a matrix is quantized so; float32 unless "none"."""
+    if quantization == "none":
+        return matrix_NK
+    if quantization == "int4":
+        return _rounded(name, matrix_NK).dequantized()
+    return dequantized(quantize(Weight(matrix_NK=matrix_NK), quantization), torch.float32)
 
 
 def _rounded(name: str, matrix_NK: torch.Tensor) -> QuantizedMatrix:

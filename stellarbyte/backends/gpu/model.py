@@ -38,6 +38,7 @@ from stellarbyte.ops.triton.norm import add_branch, add_norm
 from stellarbyte.ops.triton.paged import HeadShape, Rotations
 from stellarbyte.ops.triton.rotate_write import norm_projections
 from stellarbyte.ops.triton.weights import Weight
+from stellarbyte.parallel.gpu_ranks import GpuRanks
 
 # T tokens, C hidden size, R rows of some of them, V vocabulary, A = heads · head dim, N = A + keys and values
 
@@ -67,8 +68,11 @@ class TritonModel:
         is_invariant: the numbers of a sequence do not depend on the rest of a step, bit for bit: every sum has one
             order, whatever is fastest for a number of rows.
         kept: the quantized matrices of a checkpoint, by the names of their parameters, as in `GpuMatrices`.
+        ranks: those that compute the model together, each with its own `model`, `config` and `bank`; None: this alone.
 
-    Attributes: quantization: of the matrices of its layers, or "none".
+    Attributes:
+        quantization: of the matrices of its layers, or "none".
+        keeps_layers, keeps_head: whether their matrices have the numbers of `kept`.
 
     Raises:
         ValueError: the kernels do not support a part of the model, or the quantization does not fit its shape.
@@ -83,12 +87,14 @@ class TritonModel:
         quantization: str = "none",
         is_invariant: bool = False,
         kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
+        ranks: GpuRanks | None = None,
     ) -> None:
         decoder = model.model
         assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills both in
         self.config = config
         self.is_invariant = is_invariant
         self._apply = apply_invariant if is_invariant else apply
+        self.ranks = ranks
         self.bank = LoraBank(config) if bank is None else bank
         self.embedding_VC = decoder.embed_tokens.weight
         self.device = self.embedding_VC.device
@@ -96,6 +102,7 @@ class TritonModel:
         self.final_norm_C = decoder.norm.gain
         matrices = GpuMatrices(model, config, kept, quantization)
         self.quantization = matrices.quantization
+        self.keeps_layers, self.keeps_head = matrices.is_kept, matrices.keeps_head
         self.head_weight = matrices.head()
         self.layers: list[Layer] = []
         for layer in range(config.num_hidden_layers):
@@ -106,8 +113,8 @@ class TritonModel:
             for layer in self.layers
         )
         forms = {type(weight) for layer in self.layers for weight in layer.matrices}
-        # Of several forms, some take a norm for fewer rows than others.
-        self.can_fuse = self.can_fuse and len(forms) == 1 and not is_invariant
+        # Of several forms, some take a norm for fewer rows than others. A sum over ranks comes between.
+        self.can_fuse = self.can_fuse and len(forms) == 1 and not is_invariant and ranks is None
         self.heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.gate = GATES[config.hidden_act]
         num_layers = range(config.num_hidden_layers)
@@ -125,6 +132,12 @@ class TritonModel:
         other.layers = [
             dataclasses.replace(layer, window=window) for layer, window in zip(self.layers, config.windows, strict=True)
         ]
+        return other
+
+    def alone(self) -> Self:
+        """The same weights without other ranks: for programs that run to compile their kernels or to be measured."""
+        other = copy.copy(self)
+        other.ranks = None if self.ranks is None else self.ranks.alone()
         return other
 
     def weight(self, module: str) -> torch.Tensor:
@@ -145,7 +158,10 @@ class TritonModel:
         """[R, V] logits of the next token, in `out` if given; `adapters` are those of the rows, None: none has a
         head."""
         hidden_RC = hidden_RC.contiguous()
-        logits_RV = self._apply(hidden_RC, self.head_weight, out)
+        if self.ranks is None:
+            logits_RV = self._apply(hidden_RC, self.head_weight, out)
+        else:
+            logits_RV = self.ranks.join_logits(self._apply(hidden_RC, self.head_weight), out)
         if adapters is not None:
             add_logits(logits_RV, hidden_RC, adapters, self.bank)
         if self.config.logits_multiplier != 1 or self.config.logits_softcap is not None:
@@ -154,7 +170,10 @@ class TritonModel:
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """[T, C] embeddings of tokens."""
-        x_TC = F.embedding(token_ids_T, self.embedding_VC)
+        if self.ranks is None:
+            x_TC = F.embedding(token_ids_T, self.embedding_VC)
+        else:
+            x_TC = self.ranks.embed(token_ids_T, self.embedding_VC)
         return x_TC if self.embedding_multiplier == 1 else x_TC * self.embedding_multiplier
 
     def rotations(self, distance: int) -> list[Rotations]:
@@ -260,7 +279,7 @@ class TritonModel:
         layer = self.layers[i]
         qkv_TN, addend = self._project(x_TC, layer.qkv, i, ATTENTION_INPUT, adapters)
         attended_TA = attend(i, *self._normed_projections(qkv_TN, addend, layer))
-        out_TC, addend = self._project(attended_TA, layer.output, i, ATTENDED, adapters)
+        out_TC, addend = self._sum(*self._project(attended_TA, layer.output, i, ATTENDED, adapters))
         return Branch(out_TC, addend, layer.attention_output_norm_C, layer.attention_scale_C)
 
     def _normed_projections(
@@ -269,7 +288,8 @@ class TritonModel:
         """q | k | v and what is still to be added to them, after norms over all heads of q and of k, if there are."""
         if layer.qk_norm_N is None:
             return qkv_TN, addend
-        norm_projections(qkv_TN, layer.qk_norm_N, self.heads, self.config.rms_norm_eps, addend)
+        norm = norm_projections if self.ranks is None else self.ranks.norm_projections
+        norm(qkv_TN, layer.qk_norm_N, self.heads, self.config.rms_norm_eps, addend)
         return qkv_TN, None
 
     def _mlp(
@@ -280,18 +300,19 @@ class TritonModel:
         if layer.experts is not None:
             assert expert_scratch is not None
             norm_C, scale_C = layer.mlp_output_norm_C, layer.mlp_scale_C
-            if layer.experts.shared is None and not self.is_invariant and has_terms(x_TC, expert_scratch):
+            has_sum_only = layer.experts.shared is not None or self.is_invariant or self.ranks is not None
+            if not has_sum_only and has_terms(x_TC, expert_scratch):
                 router, experts = layer.experts.router, layer.experts.experts
                 out_PC = terms(x_TC, router, experts, expert_scratch, gate=self.gate)
                 return Branch(out_PC, None, norm_C, scale_C, expert_scratch.counts)
-            return Branch(self._experts(x_TC, layer.experts, expert_scratch), None, norm_C, scale_C)
+            return Branch(*self._sum(self._experts(x_TC, layer.experts, expert_scratch), None), norm_C, scale_C)
         assert layer.gate_up is not None and layer.down is not None
         if adapters is None and not self.is_invariant and fuses_gate(x_TC, layer.gate_up):
             inner_TI = few(x_TC, layer.gate_up, gate=self.gate)
         else:
             gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
             inner_TI = apply_gate(gate_up_TI, self.gate, addend)
-        out_TC, addend = self._project(inner_TI, layer.down, i, GATED, adapters)
+        out_TC, addend = self._sum(*self._project(inner_TI, layer.down, i, GATED, adapters))
         return Branch(out_TC, addend, layer.mlp_output_norm_C, layer.mlp_scale_C)
 
     def _experts(self, x_TC: torch.Tensor, layer: ExpertLayer, scratch: ExpertScratch) -> torch.Tensor:
@@ -331,6 +352,10 @@ class TritonModel:
             x_TC, branch.out_TC, norm_C, eps, branch_scale_C=branch.scale_C, branch_norm_C=branch.norm_C, alpha=alpha,
             addend=branch.addend, counts_E=branch.counts_E,
         )  # fmt: skip
+
+    def _sum(self, out_TC: torch.Tensor, addend: Addend | None) -> tuple[torch.Tensor, Addend | None]:
+        """The output of a branch and what is still to be added to it, after the sum over ranks."""
+        return (out_TC, addend) if self.ranks is None else (self.ranks.sum(out_TC, addend), None)
 
     def _project(
         self, x_TK: torch.Tensor, weight: PackedWeight, layer: int, source: str, adapters: Adapters | None

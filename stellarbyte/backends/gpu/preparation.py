@@ -109,7 +109,8 @@ class Preparation:
         """Run every program on the calling thread, on a separate stream."""
         rehearsal, self._rehearsal = self._rehearsal, None
         assert rehearsal is not None, "run_all must be called once"
-        stream = torch.cuda.Stream() if rehearsal.model.device.type == "cuda" else None
+        device = rehearsal.model.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(stream):
             for key in usual_programs(rehearsal):
                 if self._stopping.is_set():

@@ -121,14 +121,16 @@ def begin_decode(
     fields_BF: torch.Tensor,
     x_BC: torch.Tensor,
     multiplier: float = 1.0,
+    first_token: int = 0,
 ) -> None:
     """For every row: the position, the embedding of its slot's newest token times `multiplier`, and its fields.
 
-    Advances the slot to the next position, which is also the one among the fields.
+    The embedding's first row is that of `first_token`; tokens without a row have zeros. Advances the slot to the next
+    position, which is also the one among the fields.
     """
     _begin_kernel[(len(x_BC),)](
-        memory.rows_B, memory.slots_SF, memory.slot_size, embedding_VC, embedding_VC.shape[1], positions_B, fields_BF,
-        x_BC, multiplier, IS_DECODE=True, SCALES=multiplier != 1, FIELDS=NUM_FIELDS,
+        memory.rows_B, memory.slots_SF, memory.slot_size, embedding_VC, first_token, *embedding_VC.shape, positions_B,
+        fields_BF, x_BC, multiplier, IS_DECODE=True, SCALES=multiplier != 1, FIELDS=NUM_FIELDS,
         BLOCK=triton.next_power_of_2(embedding_VC.shape[1]), **overlapping(x_BC.device),
     )  # fmt: skip
 
@@ -138,7 +140,7 @@ def gather_fields(
 ) -> None:
     """Copy the fields of the given slots, with these positions in the place of the slots' own."""
     _begin_kernel[(len(slots_R),)](
-        slots_R, memory.slots_SF, memory.slot_size, slots_R, 1, positions_R, fields_RF, slots_R, 1.0,
+        slots_R, memory.slots_SF, memory.slot_size, slots_R, 0, 1, 1, positions_R, fields_RF, slots_R, 1.0,
         IS_DECODE=False, SCALES=False, FIELDS=NUM_FIELDS, BLOCK=1, **overlapping(slots_R.device),
     )  # fmt: skip
 
@@ -163,7 +165,7 @@ def _update_kernel(numbers, pairs, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _begin_kernel(
-    rows, slots, slot_size, embedding, width, positions, fields, x, multiplier,
+    rows, slots, slot_size, embedding, first_token, num_tokens, width, positions, fields, x, multiplier,
     IS_DECODE: tl.constexpr, SCALES: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)
@@ -174,14 +176,15 @@ def _begin_kernel(
     values = tl.load(base + field)
     if IS_DECODE:
         position = tl.load(base)  # POSITION
-        token = tl.load(base + 1)  # TOKEN
+        token = tl.load(base + 1) - first_token  # TOKEN
         values = tl.where(field == 0, position + 1, values)
         tl.store(positions + b, position)
         tl.debug_barrier()  # every thread has read the position
         tl.store(base, position + 1, mask=slot != 0)
         column = tl.arange(0, BLOCK)
         inside = column < width
-        numbers = tl.load(embedding + token.to(tl.int64) * width + column, mask=inside)
+        is_there = inside & (token >= 0) & (token < num_tokens)
+        numbers = tl.load(embedding + token.to(tl.int64) * width + column, mask=is_there, other=0.0)
         if SCALES:
             numbers = (numbers.to(tl.float32) * multiplier).to(numbers.dtype)
         tl.store(x + b.to(tl.int64) * width + column, numbers, mask=inside)

@@ -113,7 +113,7 @@ class Steps:
         self.memory.tables_SE.fill_(cache.keys_LBSKD.shape[1] - 1)
         self._graphs = Graphs(device)
         self._upload = Upload(device)
-        vocab_size = model.head_weight.num_outputs
+        vocab_size = config.vocab_size
         self._x_BC = torch.empty(max_rows, config.hidden_size, dtype=dtype, device=device)
         self._positions_B = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._fields_BF = torch.zeros(max_rows, NUM_FIELDS, dtype=torch.int32, device=device)
@@ -165,7 +165,10 @@ class Steps:
         memory, model = self.memory, self.model
         x_BC, positions_B = self._x_BC[:count], self._positions_B[:count]
         fields_BF, logits_BV, tokens_B = self._fields_BF[:count], self._logits_BV[:count], self._tokens_B[:count]
-        begin_decode(memory, model.embedding_VC, positions_B, fields_BF, x_BC, model.embedding_multiplier)
+        first_token = 0 if model.ranks is None else model.ranks.vocabulary.start
+        begin_decode(memory, model.embedding_VC, positions_B, fields_BF, x_BC, model.embedding_multiplier, first_token)
+        if model.ranks is not None:
+            x_BC = model.ranks.sum(x_BC)
         rows = PagedRows(positions_B, memory.rows_B[:count], memory.tables_SE)
         lora = None
         if segments:

@@ -4,6 +4,7 @@ A parameter NAME is stored as NAME.codes, NAME.scales and, for int4, NAME.zeros 
 is the kind. So a checkpoint's headers describe it completely.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -38,6 +39,11 @@ class QuantizedMatrix:
     zeros: torch.Tensor | None = None
 
     @property
+    def shape(self) -> Shape:
+        """Of the numbers."""
+        return (*self.codes.shape[:-1], self.num_columns)
+
+    @property
     def num_columns(self) -> int:
         return self.codes.shape[-1] * (2 if self.kind == "int4" else 1)
 
@@ -61,6 +67,21 @@ class QuantizedMatrix:
     def to(self, device: torch.device | str) -> "QuantizedMatrix":
         zeros = None if self.zeros is None else self.zeros.to(device)
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
+
+    def columns(self, start: int, stop: int) -> "QuantizedMatrix":
+        """Some of the columns, of int4 an even number from an even one on. Groups that are cut become smaller ones."""
+        per_byte, width = (2 if self.kind == "int4" else 1), self.group_size
+        assert start % per_byte == stop % per_byte == 0
+        codes = self.codes[..., start // per_byte : stop // per_byte].contiguous()
+        if self.scales.shape[-1] == 1:
+            return replace(self, codes=codes)
+        size = math.gcd(width, start, stop)
+
+        def of_groups(numbers: torch.Tensor) -> torch.Tensor:
+            return numbers.repeat_interleave(width // size, dim=-1)[..., start // size : stop // size].contiguous()
+
+        zeros = None if self.zeros is None else of_groups(self.zeros)
+        return replace(self, codes=codes, scales=of_groups(self.scales), zeros=zeros)
 
     def __getitem__(self, index: int | slice) -> "QuantizedMatrix":
         """One matrix of a stack, or some; of a matrix that is no stack, some rows."""

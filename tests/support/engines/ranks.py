@@ -25,7 +25,7 @@ class Meeting:
     """Where the ranks of a group lay down their tensors."""
 
     def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.barrier: Any = threading.Barrier(ranks, timeout=60)
         self.tensors: list[Any] = [None] * ranks
 
 
@@ -43,7 +43,7 @@ class ThreadGroup:
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         self._meeting.tensors[self.rank] = x
         self._meeting.barrier.wait()
-        gathered = list(self._meeting.tensors)
+        gathered = [tensor.clone() for tensor in self._meeting.tensors]
         self._meeting.barrier.wait()
         assert len({(tensor.shape, tensor.dtype) for tensor in gathered}) == 1
         return gathered

@@ -21,6 +21,7 @@ from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.engine.run.runner import PlanRunner, PlanStep
 from stellarbyte_server.engine.run.slot_executor import SlotExecutor
 from stellarbyte_server.engine.run.slot_step import SlotStep
+from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -71,11 +72,6 @@ class GpuEngine:
             max_draft_tokens=max_drafted,
             **options,
         )
-        layout, limits = self.scheduler.layout, self.scheduler.limits
-        num_blocks = self.scheduler.pool.num_blocks
-        cache = PagedKVCache(config, num_blocks + 1, layout.block_size, dtype, device)
-        for numbers_LBSKD in (cache.keys_LBSKD, cache.values_LBSKD):
-            numbers_LBSKD[:, :num_blocks].fill_(float("nan"))  # whatever is read before it was written shows
         bank = LoraBank(config, len(adapters), 16, dtype, device)
         self.versions = {}
         for slot, (name, adapter) in enumerate(adapters.items(), 1):
@@ -86,15 +82,9 @@ class GpuEngine:
             served = served.to(device, dtype)
         else:  # kept matrices have no memory in the model
             served._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device, dtype))
-        self.steps = Steps(
-            TritonModel(served, config, bank, quantization=quantization, is_invariant=is_invariant, kept=kept),
-            cache,
-            max_rows=limits.max_num_seqs,
-            max_tokens=limits.max_num_batched_tokens,
-            table_entries=layout.peak_blocks(limits.max_model_len, limits.max_num_batched_tokens) + 1,
-            max_drafted=max_drafted,
-        )
-        self.executor = SlotExecutor(self.steps, layout, limits.max_num_seqs)
+        packed = TritonModel(served, config, bank, quantization=quantization, is_invariant=is_invariant, kept=kept)
+        self.executor = make_executor(packed, self.scheduler, max_drafted)
+        self.steps = self.executor._steps
         self.runner = PlanRunner(self.executor)
         self._in_flight: tuple[list[Chunk], PlanStep] | None = None
 
@@ -195,6 +185,23 @@ class GpuEngine:
         planner.release_ended()
         assert sorted(planner._free) == list(range(1, planner._num_slots + 1))
         assert planner._num_slots <= self.scheduler.limits.max_num_seqs
+
+
+def make_executor(model: TritonModel, scheduler: Scheduler, max_drafted: int = 0) -> SlotExecutor:
+    """For plans of a scheduler. Whatever is read of the cache before it was written shows."""
+    layout, limits, num_blocks = scheduler.layout, scheduler.limits, scheduler.pool.num_blocks
+    cache = PagedKVCache(model.config, num_blocks + 1, layout.block_size, model.embedding_VC.dtype, model.device)
+    for numbers_LBSKD in (cache.keys_LBSKD, cache.values_LBSKD):
+        numbers_LBSKD[:, :num_blocks].fill_(float("nan"))
+    steps = Steps(
+        model,
+        cache,
+        max_rows=limits.max_num_seqs,
+        max_tokens=limits.max_num_batched_tokens,
+        table_entries=layout.peak_blocks(limits.max_model_len, limits.max_num_batched_tokens) + 1,
+        max_drafted=max_drafted,
+    )
+    return SlotExecutor(steps, layout, limits.max_num_seqs)
 
 
 def gpu_drafting_core(

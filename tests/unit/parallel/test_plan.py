@@ -62,7 +62,7 @@ def test_the_command_needs_a_config_only(tmp_path: Path, capsys: pytest.CaptureF
     }
     assert main(flags) == 0
     text = capsys.readouterr().out
-    assert "4 × 1.5 GiB" in text and "served on CPUs only" in text
+    assert "4 × 1.5 GiB" in text and "not run on several GPUs yet" in text
     assert main(["info", str(tmp_path), "--gpus", "2"]) == 1
     assert capsys.readouterr().err == "error: --memory and --gpus need --plan.\n"
 

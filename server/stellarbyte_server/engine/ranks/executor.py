@@ -6,7 +6,7 @@ The logits are the same bits on all ranks, so each samples the same tokens, and 
 from collections.abc import Callable
 from typing import TypeVar
 
-from stellarbyte_server.engine.ranks.messages import FinishStep, Recover, StartStep, StepFailed
+from stellarbyte_server.engine.ranks.messages import FinishStep, ReadStep, Recover, StartStep, StepFailed
 from stellarbyte_server.engine.ranks.processes import AGREE_LIMIT_S, RankLost, RankProcesses
 from stellarbyte_server.engine.run.executor import DeviceLost, Executor, ExecutorStep
 from stellarbyte_server.engine.run.step_plan import Finish, StepPlan, StepResult
@@ -52,6 +52,7 @@ class RanksStep:
         agreed(self._others, lambda: self._own.finish(finish))
 
     def result(self) -> StepResult:
+        self._others.send(ReadStep())
         return self._own.result()
 
 

@@ -1,6 +1,7 @@
 """A rank other than 0, once it serves: does what rank 0 sends, in that order."""
 
 import traceback
+from collections import deque
 from collections.abc import Callable
 
 from stellarbyte.lora.bank import LoraBank
@@ -10,6 +11,7 @@ from stellarbyte_server.engine.ranks.messages import (
     FillSlot,
     FinishStep,
     FromRank,
+    ReadStep,
     Recover,
     SlotFilled,
     StartStep,
@@ -30,7 +32,7 @@ class Follower:
         self._executor = executor
         self._bank = bank
         self._reply = reply
-        self._step: ExecutorStep | None = None
+        self._steps: deque[ExecutorStep] = deque()  # not yet read, as on rank 0
 
     def take(self, message: ToRank) -> None:
         """Do what one message says."""
@@ -39,28 +41,32 @@ class Follower:
         elif isinstance(message, ClearSlot):
             self._bank.clear(message.slot)
         elif isinstance(message, Recover):
+            self._steps.clear()  # none is in flight on rank 0
             self._executor.recover()
         else:
             try:
                 self._compute(message)
             except Exception as error:
-                self._step = None
                 self._reply(StepFailed("".join(traceback.format_exception(error)).strip()))
+
+    def prepare(self) -> bool:
+        """See `Executor.prepare`."""
+        return bool(self._steps) or self._executor.prepare()
 
     def _compute(self, message: ToRank) -> None:
         if isinstance(message, StartStep):
-            self._step = self._executor.start(message.plan)
+            self._steps.append(self._executor.start(message.plan))
         elif isinstance(message, FinishStep):
-            assert self._step is not None, "no step was started"
-            step, self._step = self._step, None
-            step.finish(message.finish)
-            step.result()
+            self._steps[-1].finish(message.finish)
+        elif isinstance(message, ReadStep):
+            self._steps.popleft().result()
         else:
             raise TypeError(f"a rank that serves takes no {type(message).__name__}")
 
     def _fill(self, message: FillSlot) -> None:
         try:
-            self._bank.fill(message.slot, adapter_of(message, self._bank.dtype))
+            fence = self._bank.fence()  # steps that were sent before may read the slot
+            self._bank.fill(message.slot, adapter_of(message, self._bank.dtype), fence)
         except Exception as error:
             self._reply(SlotFilled(f"{type(error).__name__}: {error}"))
         else:

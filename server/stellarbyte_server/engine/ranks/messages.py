@@ -30,7 +30,13 @@ class StartStep(msgspec.Struct, frozen=True, tag="step"):
 
 
 class FinishStep(msgspec.Struct, frozen=True, tag="finish"):
+    """Of the newest step."""
+
     finish: Finish
+
+
+class ReadStep(msgspec.Struct, frozen=True, tag="read"):
+    """Wait for the oldest step that was not read."""
 
 
 class Recover(msgspec.Struct, frozen=True, tag="recover"):
@@ -56,11 +62,17 @@ class ClearSlot(msgspec.Struct, frozen=True, tag="clear"):
     slot: int
 
 
-ToRank = RankStart | ServeCache | StartStep | FinishStep | Recover | FillSlot | ClearSlot
+ToRank = RankStart | ServeCache | StartStep | FinishStep | ReadStep | Recover | FillSlot | ClearSlot
 
 
 class RankLoaded(msgspec.Struct, frozen=True, tag="loaded"):
     """The rank has its model."""
+
+
+class RankMeasured(msgspec.Struct, frozen=True, tag="measured"):
+    """The rank has met the others."""
+
+    cache_bytes: int  # that it has for its part of the cache
 
 
 class RankServes(msgspec.Struct, frozen=True, tag="serves"):
@@ -83,7 +95,7 @@ class StepFailed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
 
 
-FromRank = RankLoaded | RankServes | RankRefused | SlotFilled | StepFailed
+FromRank = RankLoaded | RankMeasured | RankServes | RankRefused | SlotFilled | StepFailed
 
 _LENGTH = struct.Struct("<Q")
 _T = TypeVar("_T")

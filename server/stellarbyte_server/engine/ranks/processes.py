@@ -159,7 +159,9 @@ class RankProcesses:
         if self._is_closed:
             return
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        self._lose(number, f"tensor-parallel rank {number + 1} of {self.ranks} has ended ({how})")
+        with self._news:
+            refused = [said.message for said in self._said[number] if isinstance(said, RankRefused)]
+        self._lose(number, *refused or [f"tensor-parallel rank {number + 1} of {self.ranks} has ended ({how})"])
 
     def _expect_taken(self, number: int, failure: StepFailed) -> None:
         """A step that fails on one rank alone leaves the others waiting for it."""

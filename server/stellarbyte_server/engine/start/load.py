@@ -1,10 +1,7 @@
 """From settings to a running engine: loads the model, plans the cache's memory."""
 
-import importlib.util
 import logging
-import os
 import select
-import shutil
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -35,13 +32,13 @@ from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.start.machine import (
-    available_memory,
     cache_dtype_of,
+    cpu_cache_bytes,
     device_of,
     dtype_name,
     dtype_of,
-    num_processes,
     num_threads,
+    require_triton,
 )
 from stellarbyte_server.engine.start.model_folder import ModelFolder, open_model_folder
 from stellarbyte_server.engine.start.offload import CacheOrigin, make_offload
@@ -66,7 +63,6 @@ logger = logging.getLogger("server.engine")
 
 # On two cores a chunk of the demo model takes twice as long after 1,000 tokens of context, three times after 2,000.
 CONTEXT_LIKE_A_TOKEN = 1000
-AUTO_CPU_SHARE = 0.25  # of the memory that is free when the engine starts
 
 
 def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
@@ -91,7 +87,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     cache_dtype = cache_dtype_of(settings, dtype, device)
     quantization = settings.quantization
     if settings.tensor_parallel_size > 1:
-        adapters, executor, serving = _make_ranks_executor(settings, folder, dtype)
+        adapters, executor, serving, quantization = _make_ranks_executor(settings, folder, dtype, device)
     elif device.type == "cpu":
         bank = make_bank(settings, config, dtype, device)
         kernels = _has_cpu_kernels(config, dtype)
@@ -182,22 +178,16 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
 
 
 def _make_ranks_executor(
-    settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype
-) -> tuple[Adapters, Executor, ServingPlan]:
-    ranks = load_ranks(settings, folder, dtype, num_threads(settings))
+    settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype, device: torch.device
+) -> tuple[Adapters, Executor, ServingPlan, str]:
+    """And the quantization of the weights."""
+    ranks = load_ranks(settings, folder, dtype, device)
     try:
-        adapters = _load_adapters(settings, ranks.bank, None if folder.is_dummy else folder.weight)
-        return adapters, *ranks.serve(_cache_budget(settings))
+        adapters = _load_adapters(settings, ranks.bank, ranks.own.weight)
+        return adapters, *ranks.serve(), ranks.own.quantization
     except Exception:
         ranks.others.close()
         raise
-
-
-def _cache_budget(settings: EngineSettings) -> int:
-    """Bytes for the cache of one rank on a CPU."""
-    if settings.kv_cache_memory is not None:
-        return settings.kv_cache_memory
-    return int(available_memory() * AUTO_CPU_SHARE) // num_processes(settings)
 
 
 def _make_events(settings: EngineSettings, kind: CacheKind) -> tuple[CacheLog | None, EventPublisher | None]:
@@ -220,8 +210,7 @@ def _make_cpu_executor(
     settings: EngineSettings, served: ServedModel, config: ByteModelConfig, cache_dtype: torch.dtype
 ) -> tuple[Executor, ServingPlan]:
     step_tokens, _ = tokens_a_step(settings, "cpu")
-    budget = _cache_budget(settings)
-    plan = plan_serving(config, settings, cache_dtype, step_tokens, budget)
+    plan = plan_serving(config, settings, cache_dtype, step_tokens, cpu_cache_bytes(settings))
     served, num_blocks, layout = served.with_windows_of(plan.config), plan.cache.num_blocks, plan.cache.layout
     cache = PagedKVCache(plan.config, num_blocks, layout.block_size, cache_dtype, torch.device("cpu"))
     return HostExecutor(served, cache, layout), plan
@@ -236,18 +225,9 @@ def _make_gpu_executor(
     cache_dtype: torch.dtype,
 ) -> tuple[Adapters, Executor, ServingPlan, str]:
     """And the quantization of the weights."""
-    _require_triton()
+    require_triton()
     from stellarbyte.backends.gpu.model import TritonModel
-    from stellarbyte_server.engine.run.slot_executor import SlotExecutor
-    from stellarbyte_server.engine.start.gpu_engine import make_gpu_executor  # Triton is not needed on a CPU
-
-    step_tokens, _ = tokens_a_step(settings, "cuda")
-    ahead = SlotExecutor.num_steps_ahead
-
-    def plan_for(budget: int) -> ServingPlan:
-        return plan_serving(
-            config, settings, cache_dtype, step_tokens, budget, device_type="cuda", num_steps_ahead=ahead
-        )
+    from stellarbyte_server.engine.start.gpu_engine import GpuStart  # Triton is not needed on a CPU
 
     try:
         packed = TritonModel(
@@ -258,29 +238,10 @@ def _make_gpu_executor(
     if kept:
         _log_form(packed.quantization, "GPU")
     adapters = _load_adapters(settings, bank, packed.weight)  # fails before kernels are compiled
-    executor, serving = make_gpu_executor(
-        packed,
-        plan_for,
-        cache_dtype=cache_dtype,
-        max_num_seqs=concurrency_of(settings, "cuda"),
-        step_tokens=step_tokens,
-        max_drafted=MAX_GPU_DRAFT_TOKENS if drafts_by(settings, "cuda") else 0,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        kv_cache_memory=settings.kv_cache_memory,
-    )
+    start = GpuStart(packed, settings, cache_dtype)
+    serving = start.plan(start.cache_bytes())
+    executor = start.executor(serving.max_model_len, serving.cache.num_blocks)
     return adapters, executor, serving, packed.quantization
-
-
-def _require_triton() -> None:
-    """StartupError where the kernels cannot be compiled."""
-    if importlib.util.find_spec("triton") is None:
-        raise StartupError("--device cuda needs the package triton, which torch's CUDA builds for Linux bring along.")
-    compilers = [name for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name and shutil.which(name)]
-    if not compilers:
-        raise StartupError(
-            "--device cuda needs a C compiler, with which Triton builds the launchers of its kernels: install gcc, or"
-            " give the variable CC."
-        )
 
 
 def _has_cpu_kernels(config: ByteModelConfig, dtype: torch.dtype) -> bool:

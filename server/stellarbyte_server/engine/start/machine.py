@@ -1,13 +1,17 @@
 """The machine as the settings use it: its device, data types, memory and cores."""
 
+import importlib.util
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
 
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.start.serving_plan import StartupError
+
+AUTO_CPU_SHARE = 0.25  # of the memory that is free when the engine starts
 
 
 def available_memory() -> int:
@@ -21,6 +25,25 @@ def available_memory() -> int:
     if limit.exists() and used.exists() and (allowed := limit.read_text().strip()) != "max":
         available = min(available, int(allowed) - int(used.read_text()))
     return max(0, available)
+
+
+def cpu_cache_bytes(settings: EngineSettings) -> int:
+    """For the cache of a process on a CPU, of each rank."""
+    if settings.kv_cache_memory is not None:
+        return settings.kv_cache_memory
+    return int(available_memory() * AUTO_CPU_SHARE) // num_processes(settings)
+
+
+def require_triton() -> None:
+    """StartupError where the GPU kernels cannot be compiled."""
+    if importlib.util.find_spec("triton") is None:
+        raise StartupError("--device cuda needs the package triton, which torch's CUDA builds for Linux bring along.")
+    compilers = [name for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name and shutil.which(name)]
+    if not compilers:
+        raise StartupError(
+            "--device cuda needs a C compiler, with which Triton builds the launchers of its kernels: install gcc, or"
+            " give the variable CC."
+        )
 
 
 def num_processes(settings: EngineSettings) -> int:

@@ -1,8 +1,9 @@
 """What the engine reads of a model's folder: config, weights, tokenizer, ends."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from stellarbyte.checkpoint.native import (
     open_checkpoint,
     read_parameter,
     read_parts,
+    read_plain_parts,
 )
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.checkpoint.quantized.origin import read_origin
@@ -25,6 +27,7 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.parallel.group import RankGroup
 from stellarbyte.parallel.model import rank_language_model
+from stellarbyte.parallel.quantized import cut_matrix
 from stellarbyte.parallel.shares import EMBEDDING, HEAD, RankShare
 from stellarbyte_server.tokens.stand_in_tokenizer import make_stand_in_tokenizer
 
@@ -61,16 +64,33 @@ class ModelFolder:
     def rank_model(self, share: RankShare, group: RankGroup, dtype: torch.dtype) -> ByteLanguageModel:
         """The model of one rank, on the CPU; of the weights only its share is read. Quantized matrices are
         dequantized."""
-        pieces = share.pieces()
-        read: Iterator[tuple[str, torch.Tensor]]
         if self.is_dummy:
-            drawn = dummy_weights(self.config, dtype=dtype, device=torch.device("cpu"))
+            return self.kept_rank_model(share, group, dtype, torch.device("cpu"))[0]
+        indices = {name: piece.index for name, piece in share.pieces().items()}
+        return _rank_model(share, group, read_parts(open_checkpoint(self.path), indices, dtype))
+
+    def kept_rank_model(
+        self, share: RankShare, group: RankGroup, dtype: torch.dtype, device: torch.device
+    ) -> tuple[ByteLanguageModel, Mapping[str, QuantizedMatrix]]:
+        """As `kept_model`, of one rank.
+
+        Raises:
+            UndividedError: the groups of a quantized matrix cannot be divided.
+        """
+        pieces = share.pieces()
+        if self.is_dummy:
+            drawn = dummy_weights(self.config, dtype=dtype, device=device)
             read = ((name, weight[pieces[name].index].clone()) for name, weight in drawn)
-        else:
-            indices = {name: piece.index for name, piece in pieces.items()}
-            read = read_parts(open_checkpoint(self.path), indices, dtype)
-        weights = {name: torch.zeros_like(weight) if pieces[name].is_zero else weight for name, weight in read}
-        return rank_language_model(share, group, weights)
+            return _rank_model(share, group, read), {}
+        checkpoint = open_checkpoint(self.path)
+        indices = {name: piece.index for name, piece in pieces.items()}
+        kept = {
+            name: cut_matrix(name, stored.read(), indices[name], share.ranks)
+            for name, stored in checkpoint.quantized.items()
+        }
+        read = ((name, part.to(device)) for name, part in read_plain_parts(checkpoint, indices, dtype))
+        absent = ((name, torch.empty(part.shape, dtype=dtype, device="meta")) for name, part in kept.items())
+        return _rank_model(share, group, chain(read, absent)), kept
 
     def weight(self, module: str) -> torch.Tensor:
         """The whole weight of a module, from the files; dequantized. For a checkpoint."""
@@ -110,6 +130,13 @@ class ModelFolder:
             if ids is not None:
                 return frozenset([ids] if isinstance(ids, int) else ids)
         return frozenset(self.config.eos_token_ids)
+
+
+def _rank_model(share: RankShare, group: RankGroup, read: Iterable[tuple[str, torch.Tensor]]) -> ByteLanguageModel:
+    """Of the pieces of all parameters."""
+    pieces = share.pieces()
+    weights = {name: torch.zeros_like(weight) if pieces[name].is_zero else weight for name, weight in read}
+    return rank_language_model(share, group, weights)
 
 
 def open_model_folder(path: Path, *, is_dummy: bool) -> ModelFolder:

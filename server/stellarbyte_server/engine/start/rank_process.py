@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from stellarbyte_server.engine.ranks.messages import (
     FromRank,
     RankLoaded,
+    RankMeasured,
     RankRefused,
     RankServes,
     RankStart,
@@ -27,6 +28,8 @@ from stellarbyte_server.engine.ranks.messages import (
 
 if TYPE_CHECKING:
     from stellarbyte_server.engine.ranks.follower import Follower
+
+_PREPARATION_INTERVAL_S = 0.02  # without a message
 
 
 def _read_all(stdin: BinaryIO, inbox: "queue.SimpleQueue[ToRank]") -> None:
@@ -57,29 +60,36 @@ def main() -> int:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         reply(RankRefused(f"tensor-parallel rank {start.rank} of {ranks} could not start: {reason}"))
         return 1
+    prepares = True
     while True:
-        follower.take(inbox.get())
+        try:
+            message = inbox.get(timeout=_PREPARATION_INTERVAL_S if prepares else None)
+        except queue.Empty:
+            prepares = follower.prepare()
+        else:
+            follower.take(message)
 
 
 def _load(start: RankStart, inbox: "queue.SimpleQueue[ToRank]", reply: Callable[[FromRank], None]) -> "Follower":
     """The rank with its model and cache."""
     import torch  # only after the parent is watched
 
-    from stellarbyte.parallel.group import GlooGroup
     from stellarbyte_server.engine.ranks.follower import Follower
     from stellarbyte_server.engine.start.model_folder import open_model_folder
-    from stellarbyte_server.engine.start.ranks import load_rank
+    from stellarbyte_server.engine.start.ranks import device_of_rank, load_rank, make_group
 
     torch.set_num_threads(start.num_threads)
     settings = start.settings
-    group = GlooGroup(Path(start.store), start.rank, settings.tensor_parallel_size)
+    device = device_of_rank(settings.device, start.rank)
+    group = make_group(Path(start.store), start.rank, settings.tensor_parallel_size, device)
     folder = open_model_folder(Path(settings.model), is_dummy=settings.load_format == "dummy")
-    loaded = load_rank(settings, folder, getattr(torch, settings.dtype), group)
+    loaded = load_rank(settings, folder, getattr(torch, settings.dtype), group, device)
     reply(RankLoaded())
     group.connect()
+    reply(RankMeasured(loaded.start.cache_bytes()))
     cache = inbox.get()
     assert isinstance(cache, ServeCache)
-    executor = loaded.executor(cache.max_model_len, cache.num_blocks)
+    executor = loaded.start.executor(cache.max_model_len, cache.num_blocks)
     reply(RankServes())
     return Follower(executor, loaded.bank, reply)
 

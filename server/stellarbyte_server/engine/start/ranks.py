@@ -4,8 +4,10 @@ import dataclasses
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -14,13 +16,21 @@ from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.parallel.group import GlooGroup
+from stellarbyte.parallel.nccl_group import NcclGroup
 from stellarbyte.parallel.shares import RankShare, UndividedError, refuse_undivided
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.ranks.bank import RanksBank
 from stellarbyte_server.engine.ranks.executor import RanksExecutor
-from stellarbyte_server.engine.ranks.messages import RankLoaded, RankServes, RankStart, ServeCache
+from stellarbyte_server.engine.ranks.messages import RankLoaded, RankMeasured, RankServes, RankStart, ServeCache
 from stellarbyte_server.engine.ranks.processes import RankLost, RankProcesses
+from stellarbyte_server.engine.run.executor import Executor
 from stellarbyte_server.engine.run.host_executor import HostExecutor
+from stellarbyte_server.engine.start.machine import (
+    cache_dtype_of,
+    cpu_cache_bytes,
+    num_threads,
+    require_triton,
+)
 from stellarbyte_server.engine.start.model_folder import ModelFolder
 from stellarbyte_server.engine.start.serving_plan import (
     ServingPlan,
@@ -39,9 +49,7 @@ CPU = torch.device("cpu")
 def refuse_ranks(settings: EngineSettings, config: ByteModelConfig, device: torch.device) -> None:
     """Raise StartupError for what several ranks cannot serve; reads no weights."""
     flag = f"--tensor-parallel-size {settings.tensor_parallel_size}"
-    if device.type != "cpu":
-        raise StartupError(f"{flag} needs --device cpu: the GPU kernels serve a model on one GPU only.")
-    if settings.quantization != "none":
+    if device.type == "cpu" and settings.quantization != "none":
         raise StartupError(
             f"{flag} cannot be used with --quantization {settings.quantization}: ranks on CPUs compute in plain torch."
         )
@@ -51,6 +59,12 @@ def refuse_ranks(settings: EngineSettings, config: ByteModelConfig, device: torc
         refuse_undivided(config, settings.tensor_parallel_size)
     except UndividedError as error:
         raise StartupError(f"{flag}: {error}.") from error
+    if device.type == "cpu":
+        return
+    if config.num_experts:
+        raise StartupError(f"{flag} needs --device cpu for a model with experts: on GPUs ranks do not divide them.")
+    if (found := torch.cuda.device_count()) < settings.tensor_parallel_size:
+        raise StartupError(f"{flag} needs a GPU for each rank, but torch finds {found}.")
 
 
 def make_bank(settings: EngineSettings, config: ByteModelConfig, dtype: torch.dtype, device: torch.device) -> LoraBank:
@@ -59,35 +73,113 @@ def make_bank(settings: EngineSettings, config: ByteModelConfig, dtype: torch.dt
     return LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
 
 
+class EngineStart(Protocol):
+    """A rank's loaded part of the model, without cache."""
+
+    def plan(self, budget: int) -> ServingPlan:
+        """What is served with so many bytes of cache; StartupError: one sequence does not fit."""
+        ...
+
+    def cache_bytes(self) -> int:
+        """That this rank has for its part of the cache."""
+        ...
+
+    def executor(self, max_model_len: int, num_blocks: int) -> Executor:
+        """Of the rank's steps, with a cache of its own key-value heads. Called once."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class LoadedRank:
-    """What any rank has once its part of the model is loaded."""
+class HostStart:
+    """On a CPU, in plain torch."""
 
     settings: EngineSettings
-    share: RankShare
-    dtype: torch.dtype
-    bank: LoraBank  # its part of the adapters
     model: TorchModel
+    config: ByteModelConfig  # of the rank's share
+
+    def plan(self, budget: int) -> ServingPlan:
+        return plan_serving(
+            self.config, self.settings, self.model.bank.dtype, tokens_a_step(self.settings, "cpu")[0], budget
+        )
+
+    def cache_bytes(self) -> int:
+        return cpu_cache_bytes(self.settings)
 
     def executor(self, max_model_len: int, num_blocks: int) -> HostExecutor:
-        """The executor of the rank's steps, with a cache of its own key-value heads."""
         asked = dataclasses.replace(self.settings, max_model_len=max_model_len)
-        served, _ = serving_config(self.share.own_config, asked)
+        served, _ = serving_config(self.config, asked)
         layout = layout_of(served, asked)
-        cache = PagedKVCache(served, num_blocks, layout.block_size, self.dtype, CPU)
+        cache = PagedKVCache(served, num_blocks, layout.block_size, self.model.bank.dtype, CPU)
         return HostExecutor(self.model.with_windows_of(served), cache, layout)
 
 
-def load_rank(settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype, group: GlooGroup) -> LoadedRank:
+@dataclass(frozen=True, kw_only=True)
+class LoadedRank:
+    """What any rank has once its part of the model is loaded.
+
+    Attributes:
+        bank: its part of the adapters.
+        quantization: of the weights.
+        weight: of a module of the whole model, as steps multiply by it; None: the weights are random.
+    """
+
+    bank: LoraBank
+    start: EngineStart
+    quantization: str
+    weight: Callable[[str], torch.Tensor] | None
+
+
+def load_rank(
+    settings: EngineSettings,
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    group: GlooGroup | NcclGroup,
+    device: torch.device,
+) -> LoadedRank:
     """Read the rank's part of the model. Any rank.
 
     Raises:
         CheckpointError: a file cannot be read.
+        StartupError: the GPU kernels do not support the model, or the ranks cannot divide its quantized matrices.
     """
     share = RankShare(config=folder.config, rank=group.rank, ranks=group.ranks)
-    bank = make_bank(settings, share.own_config, dtype, CPU)
-    model = TorchModel(folder.rank_model(share, group, dtype), share.own_config, bank)
-    return LoadedRank(settings=settings, share=share, dtype=dtype, bank=bank, model=model)
+    bank = make_bank(settings, share.own_config, dtype, device)
+    if device.type == "cpu":
+        model = TorchModel(folder.rank_model(share, group, dtype), share.own_config, bank)
+        start: EngineStart = HostStart(settings=settings, model=model, config=share.own_config)
+        return LoadedRank(
+            bank=bank, start=start, quantization="none", weight=None if folder.is_dummy else folder.weight
+        )  # fmt: skip
+    require_triton()
+    from stellarbyte_server.engine.start.gpu_engine import GpuStart
+    from stellarbyte_server.engine.start.gpu_rank import load_gpu_model, whole_weights  # Triton is not needed on a CPU
+
+    quantization = settings.quantization
+    try:
+        packed = load_gpu_model(folder, share, group, bank, quantization)
+    except ValueError as error:
+        flag = f"--tensor-parallel-size {group.ranks}"
+        raise StartupError(f"{flag} cannot serve this model on GPUs: {str(error).removesuffix('.')}.") from error
+    return LoadedRank(
+        bank=bank,
+        start=GpuStart(packed, settings, cache_dtype_of(settings, dtype, device)),
+        quantization=packed.quantization,
+        weight=None if folder.is_dummy else whole_weights(folder, share, packed, quantization),
+    )
+
+
+def make_group(store: Path, rank: int, ranks: int, device: torch.device) -> GlooGroup | NcclGroup:
+    """How a rank on this device meets the others; see `GlooGroup`."""
+    return GlooGroup(store, rank, ranks) if device.type == "cpu" else NcclGroup(store, rank, ranks, device)
+
+
+def device_of_rank(kind: str, rank: int) -> torch.device:
+    """The device of a rank, "cpu" or "cuda"; a GPU becomes the calling thread's current one."""
+    if kind == "cpu":
+        return CPU
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +190,18 @@ class LoadedRanks:
     others: RankProcesses
     bank: RanksBank
 
-    def serve(self, budget: int) -> tuple[RanksExecutor, ServingPlan]:
-        """The executor of all ranks, each with `budget` bytes of cache, and what it serves.
+    def serve(self) -> tuple[RanksExecutor, ServingPlan]:
+        """The executor of all ranks, each with as much cache as the one that has least, and what it serves.
 
         Raises:
             StartupError: one sequence does not fit, or a rank has ended.
         """
-        settings, config = self.own.settings, self.own.share.own_config  # rank 0 has the most key-value heads
-        plan = plan_serving(config, settings, self.own.dtype, tokens_a_step(settings, "cpu")[0], budget)
-        self.others.send(ServeCache(max_model_len=plan.max_model_len, num_blocks=plan.cache.num_blocks))
-        executor = self.own.executor(plan.max_model_len, plan.cache.num_blocks)
+        start = self.own.start
         try:
+            budgets = [start.cache_bytes(), *(said.cache_bytes for said in self.others.answers(RankMeasured))]
+            plan = start.plan(min(budgets))  # rank 0 has the most key-value heads
+            self.others.send(ServeCache(max_model_len=plan.max_model_len, num_blocks=plan.cache.num_blocks))
+            executor = start.executor(plan.max_model_len, plan.cache.num_blocks)
             self.others.answers(RankServes)
             self.others.serve()
         except RankLost as lost:
@@ -116,34 +209,39 @@ class LoadedRanks:
         return RanksExecutor(executor, self.others), plan
 
 
-def load_ranks(settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype, num_threads: int) -> LoadedRanks:
+def load_ranks(settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype, kind: torch.device) -> LoadedRanks:
     """Start the other ranks and load the model on all of them.
 
     Args:
-        num_threads: of each rank.
+        kind: of device.
 
     Raises:
         StartupError: a rank could not start.
         CheckpointError: a file cannot be read.
     """
-    ranks = settings.tensor_parallel_size
-    torch.set_num_threads(num_threads)
+    ranks, threads, device = settings.tensor_parallel_size, num_threads(settings), device_of_rank(kind.type, 0)
+    torch.set_num_threads(threads)
     share = RankShare(config=folder.config, rank=0, ranks=ranks)
     divided = (
         "" if share.is_even else "; the model's heads are not a multiple of the ranks, so the first ones have more"
     )
-    logger.info("dividing the model among %d ranks of %d threads in plain torch%s", ranks, num_threads, divided)
+    where = f"ranks of {threads} threads in plain torch" if device.type == "cpu" else "GPUs"
+    logger.info("dividing the model among %d %s%s", ranks, where, divided)
     private = Path(tempfile.mkdtemp(prefix="stellarbyte-ranks-"))  # mode 0700
-    told = dataclasses.replace(settings, model=str(folder.path), dtype=str(dtype).removeprefix("torch."))
+    told = dataclasses.replace(
+        settings, model=str(folder.path), dtype=str(dtype).removeprefix("torch."), device=device.type
+    )  # fmt: skip
     starts = [
-        RankStart(settings=told, rank=rank, store=str(private / "store"), num_threads=num_threads)
+        RankStart(settings=told, rank=rank, store=str(private / "store"), num_threads=threads)
         for rank in range(1, ranks)
     ]
     others = RankProcesses(starts)
     try:
-        group = GlooGroup(private / "store", 0, ranks)
-        own = load_rank(settings, folder, dtype, group)
+        group = make_group(private / "store", 0, ranks, device)
+        own = load_rank(settings, folder, dtype, group, device)
         others.answers(RankLoaded)
+        if device.type != "cpu":
+            others.serve()  # gloo notices that a rank has died, NCCL waits for it
         group.connect()
     except RankLost as lost:
         others.close()

@@ -10,8 +10,8 @@ from stellarbyte_server.config.setting_values import SettingsError
 from stellarbyte_server.config.settings import EngineSettings
 
 
-def settings(replicas: int | None, device: str = "auto") -> EngineSettings:
-    return EngineSettings(model="m", replicas=replicas, device=device)
+def settings(replicas: int | None, device: str = "auto", ranks: int = 1) -> EngineSettings:
+    return EngineSettings(model="m", replicas=replicas, device=device, tensor_parallel_size=ranks)
 
 
 def test_each_replica_has_a_gpu_of_its_own() -> None:
@@ -22,6 +22,15 @@ def test_each_replica_has_a_gpu_of_its_own() -> None:
     ]
     with pytest.raises(SettingsError, match="--replicas: 3 is more than the 2 GPUs"):
         replica_environments(settings(3), ["0", "1"])
+
+
+def test_the_ranks_of_a_replica_have_neighbouring_gpus() -> None:
+    gpus = ["0", "1", "2", "3", "4"]
+    assert replica_environments(settings(None, ranks=2), gpus) == [{"CUDA_VISIBLE_DEVICES": n} for n in ("0,1", "2,3")]
+    with pytest.raises(SettingsError, match="--replicas: 2 times --tensor-parallel-size 3 is more than the 5 GPUs"):
+        replica_environments(settings(2, ranks=3), gpus)
+    with pytest.raises(SettingsError, match="--replicas: 1 times --tensor-parallel-size 8"):
+        replica_environments(settings(None, ranks=8), gpus)
 
 
 def test_without_gpus_replicas_run_on_the_cpu() -> None:

@@ -25,6 +25,7 @@ from stellarbyte_server.engine.ranks.messages import (
     RankLoaded,
     RankServes,
     RankStart,
+    ReadStep,
     Recover,
     StartStep,
     StepFailed,
@@ -159,7 +160,7 @@ def test_a_follower_reports_an_error_and_goes_on() -> None:
     (failed,) = said
     assert isinstance(failed, StepFailed) and failed.error.endswith("ZeroDivisionError: of the step")
     own.error = None
-    for message in (Recover(), StartStep(StepPlan()), FinishStep(Finish())):
+    for message in (Recover(), StartStep(StepPlan()), FinishStep(Finish()), ReadStep()):
         follower.take(message)
     assert own.done == ["start", "recover", "start", "finish", "result"]
     assert len(said) == 1
@@ -173,7 +174,7 @@ import sys
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.ranks.messages import RankLoaded, RankStart
 from stellarbyte_server.engine.ranks.processes import RankProcesses
-settings = EngineSettings(model={str(tmp_path)!r}, dtype="float32", tensor_parallel_size=2)
+settings = EngineSettings(model={str(tmp_path)!r}, device="cpu", dtype="float32", tensor_parallel_size=2)
 others = RankProcesses([RankStart(settings=settings, rank=1, store={str(tmp_path / "store")!r}, num_threads=1)])
 others.answers(RankLoaded)
 print(others.process_ids[0], flush=True)
@@ -223,7 +224,19 @@ def test_random_weights_of_ranks_are_those_of_one_process(tmp_path: Path) -> Non
             assert torch.equal(own[name], expected), name
 
 
-def test_several_ranks_on_a_gpu_are_refused() -> None:
-    settings = EngineSettings(model="m", tensor_parallel_size=2)
-    with pytest.raises(StartupError, match=r"^--tensor-parallel-size 2 needs --device cpu: "):
-        refuse_ranks(settings, make_config(), torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({}, {}, "^--tensor-parallel-size 2 needs a GPU for each rank, but torch finds 1\\.$"),
+        (EXPERTS, {}, "^--tensor-parallel-size 2 needs --device cpu for a model with experts: "),
+        ({}, {"deterministic": True}, "cannot be used with --deterministic"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 1}, {}, "2 ranks cannot divide 3 query heads"),
+    ],
+)
+def test_what_ranks_on_gpus_cannot_serve_is_refused(
+    changes, flags, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    settings = EngineSettings(model="m", tensor_parallel_size=2, **flags)
+    with pytest.raises(StartupError, match=message):
+        refuse_ranks(settings, make_config(**changes), torch.device("cuda"))

@@ -12,7 +12,8 @@ from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.lora.bank import LoraBank
-from stellarbyte_server.engine.start.load import _cpu_model, _require_triton
+from stellarbyte_server.engine.start.load import _cpu_model
+from stellarbyte_server.engine.start.machine import require_triton
 from stellarbyte_server.engine.start.model_folder import open_model_folder
 from stellarbyte_server.engine.start.serving_plan import StartupError
 from tests.support.models.byte_transformer import EXPERTS, make_model
@@ -22,13 +23,13 @@ from tests.support.models.quantized import write_quantized
 def test_a_gpu_needs_triton_and_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(StartupError, match="needs the package triton"):
-        _require_triton()
+        require_triton()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(StartupError, match="needs a C compiler"):
-        _require_triton()
+        require_triton()
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
-    _require_triton()
+    require_triton()
 
 
 def test_a_cpu_serves_what_its_kernels_do_not_support_in_plain_torch() -> None:
