@@ -235,6 +235,7 @@ def settings_of(engine: Engine, folder: Path, device: str, *, is_tiny: bool) -> 
         load_format="dummy",
         device=device,
         dtype="bfloat16",
+        tensor_parallel_size=engine.ranks,
         quantization=engine.quantization,
         kv_cache_dtype=engine.kv_cache_dtype,
         max_model_len=MAX_MODEL_LEN,

@@ -99,6 +99,7 @@ class Engine:
     quantization: str = "none"
     kv_cache_dtype: str = "auto"
     adapters: int = 0
+    ranks: int = 1  # GPUs among which the model is divided
 
 
 ENGINES = {
@@ -106,6 +107,7 @@ ENGINES = {
     "0.6b-kv8": Engine(shape="0.6b", max_num_seqs=256, kv_cache_dtype="fp8"),
     "1b": Engine(shape="1b"),
     "8b": Engine(shape="8b"),
+    "8b-tp2": Engine(shape="8b", ranks=2),
     "8b-lora": Engine(shape="8b", adapters=32),
     "8b-int8": Engine(shape="8b", quantization="int8"),
     "8b-fp8": Engine(shape="8b", quantization="fp8"),
@@ -154,6 +156,8 @@ WORKS = {
     "8b/1": Work(engine="8b", **ONE),
     "8b/8": Work(engine="8b", requests=8, **ONE),
     "8b/64": Work(engine="8b", requests=64),
+    "8b-tp2/1": Work(engine="8b-tp2", **ONE),
+    "8b-tp2/64": Work(engine="8b-tp2", requests=64),
     "8b/64-lora32": Work(engine="8b-lora", requests=64, adapters=32),
     "8b/64-lora1": Work(engine="8b-lora", requests=64, adapters=1),
     "8b/load32": Work(engine="8b-lora", requests=8, output=(10**6, 10**6), loads_adapters=True),
@@ -219,6 +223,8 @@ ROWS = (
     Row(work="8b/load32", key="served_s", unit="s", target=1.5, peer=6.1, less_is_better=True),
     Row(work="8b/load32", key="longest_gap_ms", unit="ms gap", target=20, less_is_better=True),
     Row(work="8b/8", key="tok_s", unit="tok/s"),
+    Row(work="8b-tp2/1", key="tok_s", unit="tok/s"),
+    Row(work="8b-tp2/64", key="tok_s", unit="tok/s"),
     Row(work="8b-int8/1", key="tok_s", unit="tok/s", target=430),
     Row(work="8b-int8/8", key="tok_s", unit="tok/s"),
     Row(work="8b-int8/64", key="tok_s", unit="tok/s"),
@@ -243,8 +249,8 @@ ROWS = (
     Row(work="0.6b/http-256", key="ttft_ms", unit="ms TTFT", peer=500, less_is_better=True),
 )
 NAMES = list(dict.fromkeys(row.work for row in ROWS))
-UNUSUAL = ("30b-a3b/", "8b/8", "8b-int8/8", "8b-int8/64", "8b-fp8/8", "8b-int4/8", "8b-int4/64-lora32")
-USUAL_NAMES = [name for name in NAMES if not name.startswith(UNUSUAL)]  # the others take minutes
+UNUSUAL = ("30b-a3b/", "8b-tp2/", "8b/8", "8b-int8/8", "8b-int8/64", "8b-fp8/8", "8b-int4/8", "8b-int4/64-lora32")
+USUAL_NAMES = [name for name in NAMES if not name.startswith(UNUSUAL)]  # the others take minutes, or two GPUs
 BASE_OF = {
     "8b/64-lora32": "8b/64",
     "8b/64-lora1": "8b/64",

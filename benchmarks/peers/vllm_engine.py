@@ -38,6 +38,7 @@ def load(engine: Engine, folder: Path, *, is_tiny: bool) -> tuple[vllm.LLM, list
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype="bfloat16",
+        tensor_parallel_size=engine.ranks,
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=MAX_STEP_TOKENS,

@@ -25,6 +25,8 @@ from stellarbyte_server.engine.ranks.follower import Follower
 from stellarbyte_server.engine.ranks.messages import FromRank, StepFailed, ToRank
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.run.slot_executor import SlotExecutor
+from stellarbyte_server.engine.start.gpu_rank import load_gpu_model
+from stellarbyte_server.engine.start.model_folder import ModelFolder
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from tests.support.engines.drafting import GRAMMARS, TOKENIZER, ResidentAdapters
 from tests.support.engines.engine import make_scheduler
@@ -81,6 +83,7 @@ class ThreadRanks:
 class GpuRanksEngine:
     """The calling thread is rank 0 and has the turn, until `close`. Options are those of the scheduler.
 
+    `folder`: where the ranks read the model, as in a server; None: from memory.
     `adapters` are in slots 1, 2 ... under their names, which requests may give.
     """
 
@@ -91,6 +94,7 @@ class GpuRanksEngine:
         adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
         quantization: str = "none",
         max_drafted: int = 0,
+        folder: ModelFolder | None = None,
         **options: Any,
     ) -> None:
         config = model.config
@@ -112,10 +116,11 @@ class GpuRanksEngine:
             bank = LoraBank(share.own_config, len(adapters), 16)
             for slot, adapter in enumerate(adapters.values(), 1):
                 bank.fill(slot, cut_adapter(adapter.packed(config), share))
-            own = rank_language_model(share, group, rank_weights(model, share))
-            packed = TritonModel(
-                own, share.own_config, bank, quantization=quantization, ranks=GpuRanks(share, group)
-            )  # fmt: skip
+            if folder is not None:
+                packed = load_gpu_model(folder, share, group, bank, quantization)
+            else:
+                own, ranked = rank_language_model(share, group, rank_weights(model, share)), GpuRanks(share, group)
+                packed = TritonModel(own, share.own_config, bank, quantization=quantization, ranks=ranked)
             self.models.append(packed)
             self.executors.append(make_executor(packed, self.scheduler, max_drafted))
         self.failures: list[FromRank] = []

@@ -25,6 +25,7 @@ from stellarbyte_server.engine.ranks.messages import (
     read_message,
     write_message,
 )
+from stellarbyte_server.garbage import keep_for_good
 
 if TYPE_CHECKING:
     from stellarbyte_server.engine.ranks.follower import Follower
@@ -60,6 +61,7 @@ def main() -> int:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         reply(RankRefused(f"tensor-parallel rank {start.rank} of {ranks} could not start: {reason}"))
         return 1
+    keep_for_good()
     prepares = True
     while True:
         try:
