@@ -3,6 +3,8 @@
 Vectors have 16 lanes of float32: two AVX2 registers, one of AVX-512, four of NEON; LLVM splits them for the machine.
 """
 
+import llvmlite.binding
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -15,6 +17,14 @@ FLOAT, BYTE, INT32, INT64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.In
 FLOATS, BYTES, INTS = (ir.VectorType(scalar, LANES) for scalar in (FLOAT, BYTE, INT32))
 # Of e^r = 1 + r + r² · polynomial for |r| ≤ ln(2) / 2, highest power first (Cephes).
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def host_has(*features: str) -> bool:
+    """Whether this processor has all features, by LLVM's names. False if numba was told to compile for another one: its
+    code may not hold their instructions."""
+    if numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None:
+        return False
+    return all(llvmlite.binding.get_host_cpu_features().get(feature) for feature in features)
 
 
 class Emitter:

@@ -16,15 +16,12 @@ from stellarbyte.ops.cpu.instructions import exp
 from stellarbyte.ops.cpu.linear import (
     INVARIANT,
     NO_ACTIVATION,
-    PANEL_ROWS,
-    TOKENS_PER_TILE,
     group_sums,
     linear,
-    tile_product,
-    unpack_panel,
     write_tile,
 )
 from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears
+from stellarbyte.ops.cpu.panels import LARGEST_TILE, MOST_PACKED, PANEL_ROWS, tile_product, tile_size, unpack_panel
 from stellarbyte.ops.cpu.routing import Pairs, Routers, gather, make_pairs, route
 
 # T tokens, N pairs, C hidden size, I inner size of an expert, S of the shared expert, P panels of R rows
@@ -136,23 +133,24 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
     starts, num_columns = pairs.starts_E, x.shape[1]
     num_rows = out.shape[1] if activation == NO_ACTIVATION else 2 * out.shape[1]
     num_panels = (num_rows + PANEL_ROWS - 1) // PANEL_ROWS
-    may_unpack = weights.itemsize == 1 and len(x) > 2 * TOKENS_PER_TILE  # as in `linear`
+    may_unpack = weights.itemsize == 1 and len(x) > MOST_PACKED  # as in `linear`
     x_sums = group_sums(x, minima.shape[1])
     nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     for thread in prange(num_threads):
-        sums = np.empty(TOKENS_PER_TILE * PANEL_ROWS, np.float32)
+        sums = np.empty(LARGEST_TILE * PANEL_ROWS, np.float32)
         unpacked = np.empty((1, num_columns if may_unpack else 0, PANEL_ROWS), np.float32)
         for expert in range(len(starts) - 1):
             start, end = starts[expert], starts[expert + 1]
             if start == end:
                 continue
-            unpack_first = may_unpack and end - start > 2 * TOKENS_PER_TILE
+            unpack_first = may_unpack and end - start > MOST_PACKED
             for panel in range(thread * num_panels // num_threads, (thread + 1) * num_panels // num_threads):
                 number = (first_expert + expert) * num_panels + panel
                 if unpack_first:
                     unpack_panel(weights, scales, minima, number, num_columns, unpacked)
-                for first in range(start, end, TOKENS_PER_TILE):
-                    tile = min(TOKENS_PER_TILE, end - first)
+                first = start
+                while first < end:
+                    tile = tile_size(end - first)
                     if unpack_first:
                         tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums, True)
                     else:
@@ -163,6 +161,7 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
                         _add_tile(sums, tile, first, panel, pairs, out)
                     else:
                         write_tile(sums, tile, first, panel, nothing, no_addend, out, activation)
+                    first += tile
 
 
 @njit(inline="always")
