@@ -58,6 +58,14 @@ class Emitter:
     def store(self, values: ir.Value, pointer: ir.Value) -> None:
         self.builder.store(values, self.builder.bitcast(pointer, FLOATS.as_pointer())).align = 4
 
+    def prefetch(self, pointer: ir.Value) -> None:
+        """Have a line of memory read into the cache, without waiting for it; any address may be given."""
+        address = BYTE.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [address, INT32, INT32, INT32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0i8")
+        to_read, near, is_data = (ir.Constant(INT32, n) for n in (0, 3, 1))
+        self.builder.call(function, [self.builder.bitcast(pointer, address), to_read, near, is_data])
+
     def splat(self, scalar: ir.Value) -> ir.Value:
         vector = self.builder.insert_element(
             ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined), scalar, ir.Constant(INT32, 0)
@@ -274,13 +282,9 @@ def prefetch(typing_context, array, start, length):
 
     def generate(context, builder, signature, arguments):
         emitter = Emitter(builder)
-        first, address = _pointer(context, builder, signature, arguments, 0), BYTE.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [address, INT32, INT32, INT32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        to_read, near, is_data = (ir.Constant(INT32, n) for n in (0, 2, 1))
+        first = _pointer(context, builder, signature, arguments, 0)
         with cgutils.for_range(builder, builder.udiv(arguments[2], ir.Constant(INT64, LANES))) as loop:
-            line = emitter.offset(first, emitter.times(loop.index, LANES))
-            builder.call(function, [builder.bitcast(line, address), to_read, near, is_data])
+            emitter.prefetch(emitter.offset(first, emitter.times(loop.index, LANES)))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp), generate

@@ -15,8 +15,8 @@ from stellarbyte.ops.cpu.instructions import exp, gate
 from stellarbyte.ops.cpu.panels import (
     INT4_GROUP,
     LARGEST_TILE,
-    MOST_PACKED,
     PANEL_ROWS,
+    most_packed,
     tile_product,
     tile_size,
     unpack_panel,
@@ -114,7 +114,7 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
     if arithmetic == TILED and num_tokens >= MIN_TILED_TOKENS and x.shape[1] % COLUMNS_OF_A_TILE == 0:
         _tiled_linear(x, weight, bias, addend, out, activation, num_threads)
         return
-    unpack_first = weights.itemsize == 1 and num_tokens > MOST_PACKED
+    unpack_first = num_tokens > most_packed(weights)
     x_sums = group_sums(x, minima.shape[1])
     per_thread = (num_panels + num_threads - 1) // num_threads
     for thread in prange(num_threads):

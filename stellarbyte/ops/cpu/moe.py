@@ -21,7 +21,7 @@ from stellarbyte.ops.cpu.linear import (
     write_tile,
 )
 from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears
-from stellarbyte.ops.cpu.panels import LARGEST_TILE, MOST_PACKED, PANEL_ROWS, tile_product, tile_size, unpack_panel
+from stellarbyte.ops.cpu.panels import LARGEST_TILE, PANEL_ROWS, most_packed, tile_product, tile_size, unpack_panel
 from stellarbyte.ops.cpu.routing import Pairs, Routers, gather, make_pairs, route
 
 # T tokens, N pairs, C hidden size, I inner size of an expert, S of the shared expert, P panels of R rows
@@ -133,7 +133,7 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
     starts, num_columns = pairs.starts_E, x.shape[1]
     num_rows = out.shape[1] if activation == NO_ACTIVATION else 2 * out.shape[1]
     num_panels = (num_rows + PANEL_ROWS - 1) // PANEL_ROWS
-    may_unpack = weights.itemsize == 1 and len(x) > MOST_PACKED  # as in `linear`
+    may_unpack = len(x) > most_packed(weights)
     x_sums = group_sums(x, minima.shape[1])
     nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     for thread in prange(num_threads):
@@ -143,7 +143,7 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
             start, end = starts[expert], starts[expert + 1]
             if start == end:
                 continue
-            unpack_first = may_unpack and end - start > MOST_PACKED
+            unpack_first = end - start > most_packed(weights)
             for panel in range(thread * num_panels // num_threads, (thread + 1) * num_panels // num_threads):
                 number = (first_expert + expert) * num_panels + panel
                 if unpack_first:

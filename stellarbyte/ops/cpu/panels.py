@@ -25,9 +25,11 @@ INT4_GROUP = 32
 # half a vector, of which 12 hold the sums of 6 tokens; AVX-512 has 32 of a whole one.
 TILE_SIZES = (24, 16, 12, 8, 6, 5, 4, 3, 2, 1) if host_has("avx512f") else (6, 5, 4, 3, 2, 1)
 LARGEST_TILE = TILE_SIZES[0]
-MOST_PACKED = max(12, LARGEST_TILE)  # tokens; for more, a panel is unpacked once, which costs as much as 6 tokens
+# For more tokens a panel is unpacked once. Codes of int4 and fp8 are hard to unpack: it costs as much as 6 tokens.
+_MOST_PACKED = {types.float32: 2**62, types.int8: 4 * LARGEST_TILE, types.uint8: 12}
 
 _COLUMNS_AT_ONCE = 4
+_LINES_AHEAD = 64  # of memory: panels follow each other, and processors' own prefetching falls behind many tokens' sums
 
 Column = tuple[ir.Value, ir.Value]  # weights as float32, its number
 Visit = Callable[[ir.Value, ir.Value], None]
@@ -62,7 +64,9 @@ class _PanelEmitter(Emitter):
         """Emit a loop that calls visit(weights of a column as float32, its number)."""
         if panel.kind == "float32":
             with cgutils.for_range(self.builder, num_columns) as loop:
-                visit(self.load(self.offset(panel.weights, self.times(loop.index, PANEL_ROWS)), FLOATS, 4), loop.index)
+                weights = self.offset(panel.weights, self.times(loop.index, PANEL_ROWS))
+                self._prefetch_ahead(weights, 4)
+                visit(self.load(weights, FLOATS, 4), loop.index)
             return
         for group, columns in self._groups(panel, num_columns):
             scale = self._of_group(panel.scales, group)
@@ -104,11 +108,13 @@ class _PanelEmitter(Emitter):
             yield loop.index, columns_of(panel, self.times(loop.index, size))
 
     def _byte_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        builder = self.builder
         number_of = self._int8_number if panel.kind == "int8" else self._fp8_number
         with cgutils.for_range(self.builder, ir.Constant(INT64, INT8_GROUP // _COLUMNS_AT_ONCE)) as loop:
+            turn = builder.add(first, self.times(loop.index, _COLUMNS_AT_ONCE))
+            self._prefetch_ahead(self.offset(panel.weights, self.times(turn, PANEL_ROWS)), 1)
             for place in range(_COLUMNS_AT_ONCE):
-                inside = self.builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, place))
-                column = self.builder.add(first, inside)
+                column = builder.add(turn, ir.Constant(INT64, place))
                 codes = self.load(self.offset(panel.weights, self.times(column, PANEL_ROWS)), BYTES, 1)
                 yield number_of(codes), column
 
@@ -136,15 +142,19 @@ class _PanelEmitter(Emitter):
         builder, two = self.builder, ir.Constant(INT64, 2)
         four, fifteen = (ir.Constant(BYTES, [n] * PANEL_ROWS) for n in (4, 15))
         with cgutils.for_range(builder, ir.Constant(INT64, INT4_GROUP // _COLUMNS_AT_ONCE)) as loop:
+            turn = builder.add(first, self.times(loop.index, _COLUMNS_AT_ONCE))
+            codes = self.offset(panel.weights, self.times(builder.udiv(turn, two), PANEL_ROWS))
+            self._prefetch_ahead(codes, 1)
             for pair in range(_COLUMNS_AT_ONCE // 2):
-                inside = builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, 2 * pair))
-                column = builder.add(first, inside)
-                both = self.load(
-                    self.offset(panel.weights, self.times(builder.udiv(column, two), PANEL_ROWS)), BYTES, 1
-                )
+                column = builder.add(turn, ir.Constant(INT64, 2 * pair))
+                both = self.load(self.offset(codes, ir.Constant(INT64, pair * PANEL_ROWS)), BYTES, 1)
                 for place, nibbles in enumerate((builder.and_(both, fifteen), builder.lshr(both, four))):
                     values = builder.sitofp(builder.zext(nibbles, INTS), FLOATS)
                     yield values, builder.add(column, ir.Constant(INT64, place))
+
+    def _prefetch_ahead(self, weights: ir.Value, size: int) -> None:
+        """Read what stands some lines behind `weights`, of numbers of `size` bytes, into the cache."""
+        self.prefetch(self.offset(weights, ir.Constant(INT64, _LINES_AHEAD * 64 // size)))
 
     def _of_group(self, numbers: ir.Value, group: ir.Value) -> ir.Value:
         return self.load(self.offset(numbers, self.times(group, PANEL_ROWS)), FLOATS, 4)
@@ -188,8 +198,10 @@ def _panel_product(num_tokens: int, *, by_groups: bool = False):  # numba's own 
                 return [builder.gep(array.data, [builder.mul(token, width)]) for token in tokens], width
 
             (x_rows, num_columns), (sum_rows, _) = rows_of(4), rows_of(7)
-            emitter = _PanelEmitter(builder, num_tokens, by_groups=by_groups)
             panel = _Panel(context, builder, signature, arguments)
+            if num_tokens > _MOST_PACKED[signature.args[0].dtype]:
+                return context.get_dummy_value()  # unpacked first
+            emitter = _PanelEmitter(builder, num_tokens, by_groups=by_groups)
             emitter.add_panel(panel, num_columns, x_rows, sum_rows)
             sums = context.make_array(signature.args[6])(context, builder, arguments[6]).data
             for t, total in enumerate(emitter.sums):
@@ -246,6 +258,16 @@ def _choice(sizes: tuple[int, ...]):  # numba's own typing takes its place
 
 
 _product_of = _choice(TILE_SIZES)
+
+
+@intrinsic
+def most_packed(typing_context, weights):
+    """For how many tokens at most products read a panel as it is stored."""
+
+    def generate(_context, _builder, signature, _arguments):
+        return ir.Constant(INT64, _MOST_PACKED[signature.args[0].dtype])
+
+    return types.int64(weights), generate
 
 
 @njit(inline="always")
