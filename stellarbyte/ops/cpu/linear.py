@@ -16,7 +16,11 @@ from stellarbyte.ops.cpu.panels import (
     INT4_GROUP,
     LARGEST_TILE,
     PANEL_ROWS,
+    TOKENS_OF_PAIRS,
+    float32_panels,
     most_packed,
+    packed_product,
+    pair_product,
     tile_product,
     tile_size,
     unpack_panel,
@@ -114,24 +118,34 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
     if arithmetic == TILED and num_tokens >= MIN_TILED_TOKENS and x.shape[1] % COLUMNS_OF_A_TILE == 0:
         _tiled_linear(x, weight, bias, addend, out, activation, num_threads)
         return
-    unpack_first = num_tokens > most_packed(weights)
+    is_packed = num_tokens <= most_packed(weights)
     x_sums = group_sums(x, minima.shape[1])
-    per_thread = (num_panels + num_threads - 1) // num_threads
+    per_thread = (num_panels + 2 * num_threads - 1) // (2 * num_threads) * 2
     for thread in prange(num_threads):
-        sums = np.empty(LARGEST_TILE * PANEL_ROWS, np.float32)
-        unpacked = np.empty((1, x.shape[1] if unpack_first else 0, PANEL_ROWS), np.float32)
-        for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread)):
-            if unpack_first:
-                unpack_panel(weights, scales, minima, panel, x.shape[1], unpacked)
-            first = 0
-            while first < num_tokens:
-                tile = tile_size(num_tokens - first)
-                if unpack_first:
-                    tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums, True)
-                else:
-                    tile_product(weights, scales, minima, panel, x, first, tile, sums, x_sums, arithmetic == INVARIANT)
-                write_tile(sums, tile, first, panel, bias, addend, out, activation)
-                first += tile
+        sums = np.empty((2, LARGEST_TILE * PANEL_ROWS), np.float32)
+        buffer = np.empty((0 if is_packed else 2, x.shape[1], PANEL_ROWS), np.float32)
+        for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread), 2):
+            number, paired = min(2, num_panels - panel), 0
+            if not is_packed:
+                panels = float32_panels(weight, panel, number, buffer)
+                while number == 2 and num_tokens - paired >= TOKENS_OF_PAIRS:
+                    pair_product(panels, x, paired, sums)
+                    for i in range(2):
+                        write_tile(sums[i], TOKENS_OF_PAIRS, paired, panel + i, bias, addend, out, activation)
+                    paired += TOKENS_OF_PAIRS
+            for i in range(number):
+                first = paired
+                while first < num_tokens:
+                    tile = tile_size(num_tokens - first)
+                    if is_packed:
+                        is_invariant = arithmetic == INVARIANT
+                        packed_product(
+                            weights, scales, minima, panel + i, x, first, tile, sums[0], x_sums, is_invariant
+                        )
+                    else:
+                        tile_product(panels, i, x, first, tile, sums[0])
+                    write_tile(sums[0], tile, first, panel + i, bias, addend, out, activation)
+                    first += tile
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
@@ -154,7 +168,7 @@ def _tiled_linear(x, weight, bias, addend, out, activation, num_threads):
         for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread), 2):
             number = min(2, num_panels - panel)
             for i in range(number):
-                unpack_panel(weights, scales, minima, panel + i, num_columns, unpacked)
+                unpack_panel(weights, scales, minima, panel + i, num_columns, unpacked, 0)
                 split_panel(unpacked[0], panels, i)
             for block in range(0, num_blocks, 2):
                 if block + 1 < num_blocks:

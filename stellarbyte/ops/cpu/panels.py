@@ -10,10 +10,11 @@ a minimum for every 32); activations are float32. Codes of fp8 and int4 are uint
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, host_has
 
@@ -21,12 +22,15 @@ PANEL_ROWS = LANES
 INT8_GROUP = 64  # and of fp8
 INT4_GROUP = 32
 
-# How many tokens may share a column while it is in a register: as many as their sums have registers. AVX2 has 16 of
-# half a vector, of which 12 hold the sums of 6 tokens; AVX-512 has 32 of a whole one.
-TILE_SIZES = (24, 16, 12, 8, 6, 5, 4, 3, 2, 1) if host_has("avx512f") else (6, 5, 4, 3, 2, 1)
+# How many tokens may share a column while it is in a register. AVX2 has 16 registers of half a vector, of which 12 hold
+# the sums of 6 tokens. AVX-512 has 32 of a whole one: 24 for the sums of 12 tokens with two panels at a time, which
+# need half as many loads as those of 24 tokens with one.
+_HAS_PAIRS = host_has("avx512f")
+TILE_SIZES = (12, 8, 6, 5, 4, 3, 2, 1) if _HAS_PAIRS else (6, 5, 4, 3, 2, 1)
 LARGEST_TILE = TILE_SIZES[0]
-# For more tokens a panel is unpacked once. Codes of int4 and fp8 are hard to unpack: it costs as much as 6 tokens.
-_MOST_PACKED = {types.float32: 2**62, types.int8: 4 * LARGEST_TILE, types.uint8: 12}
+TOKENS_OF_PAIRS = LARGEST_TILE if _HAS_PAIRS else 2**62
+# For more tokens, panels are unpacked once. Codes of int4 and fp8 are hard to unpack: it costs as much as 6 tokens.
+_MOST_PACKED = {types.float32: 0, types.int8: 4 * LARGEST_TILE, types.uint8: 12}
 
 _COLUMNS_AT_ONCE = 4
 _LINES_AHEAD = 64  # of memory: panels follow each other, and processors' own prefetching falls behind many tokens' sums
@@ -49,7 +53,7 @@ class _PanelEmitter(Emitter):
     def add_column(self, sums: list[ir.Value], weights: ir.Value, x_rows: list[ir.Value], column: ir.Value) -> None:
         """sums[t] += weights · x[t, column]"""
         for total, row in zip(sums, x_rows, strict=True):
-            self._add_product(total, weights, self.splat(self.builder.load(self.offset(row, column))))
+            self.add_product(total, weights, self.splat(self.builder.load(self.offset(row, column))))
 
     def add_panel(
         self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
@@ -64,9 +68,7 @@ class _PanelEmitter(Emitter):
         """Emit a loop that calls visit(weights of a column as float32, its number)."""
         if panel.kind == "float32":
             with cgutils.for_range(self.builder, num_columns) as loop:
-                weights = self.offset(panel.weights, self.times(loop.index, PANEL_ROWS))
-                self._prefetch_ahead(weights, 4)
-                visit(self.load(weights, FLOATS, 4), loop.index)
+                visit(self.ahead(panel.weights, self.times(loop.index, PANEL_ROWS)), loop.index)
             return
         for group, columns in self._groups(panel, num_columns):
             scale = self._of_group(panel.scales, group)
@@ -95,10 +97,10 @@ class _PanelEmitter(Emitter):
                 value = self.builder.load(partial[0][t])
                 for sums in partial[1:]:
                     value = self.builder.fadd(value, self.builder.load(sums[t]))
-                self._add_product(total, scale, value)
+                self.add_product(total, scale, value)
                 if panel.kind == "int4":
                     x_sum = self.splat(self.builder.load(self.offset(sum_rows[t], group)))
-                    self._add_product(total, self._of_group(panel.minima, group), x_sum)
+                    self.add_product(total, self._of_group(panel.minima, group), x_sum)
 
     def _groups(self, panel: "_Panel", num_columns: ir.Value) -> Iterator[tuple[ir.Value, Iterator[Column]]]:
         """Emit a loop over groups, its body between two items; inside it one over columns, a few in each turn."""
@@ -152,6 +154,12 @@ class _PanelEmitter(Emitter):
                     values = builder.sitofp(builder.zext(nibbles, INTS), FLOATS)
                     yield values, builder.add(column, ir.Constant(INT64, place))
 
+    def ahead(self, weights: ir.Value, place: ir.Value) -> ir.Value:
+        """The vector weights[place:] of float32, with a prefetch of one further on."""
+        pointer = self.offset(weights, place)
+        self._prefetch_ahead(pointer, 4)
+        return self.load(pointer, FLOATS, 4)
+
     def _prefetch_ahead(self, weights: ir.Value, size: int) -> None:
         """Read what stands some lines behind `weights`, of numbers of `size` bytes, into the cache."""
         self.prefetch(self.offset(weights, ir.Constant(INT64, _LINES_AHEAD * 64 // size)))
@@ -159,7 +167,7 @@ class _PanelEmitter(Emitter):
     def _of_group(self, numbers: ir.Value, group: ir.Value) -> ir.Value:
         return self.load(self.offset(numbers, self.times(group, PANEL_ROWS)), FLOATS, 4)
 
-    def _add_product(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
+    def add_product(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
         self.builder.store(self.multiply_add(a, b, self.builder.load(total)), total)
 
 
@@ -182,7 +190,7 @@ class _Panel:
         return builder.bitcast(start, array.data.type)
 
 
-def _panel_product(num_tokens: int, *, by_groups: bool = False):  # numba's own typing takes its place
+def _panel_product(num_tokens: int, *, is_packed: bool = False, by_groups: bool = False):  # numba's typing
     """An intrinsic: sums[t, r] = Σ_c weights[panel, c, r] · x[first + t, c] for `num_tokens` tokens."""
 
     @intrinsic
@@ -198,9 +206,9 @@ def _panel_product(num_tokens: int, *, by_groups: bool = False):  # numba's own 
                 return [builder.gep(array.data, [builder.mul(token, width)]) for token in tokens], width
 
             (x_rows, num_columns), (sum_rows, _) = rows_of(4), rows_of(7)
+            if is_packed and signature.args[0].dtype == types.float32:
+                return context.get_dummy_value()  # never called: `most_packed` of them is 0
             panel = _Panel(context, builder, signature, arguments)
-            if num_tokens > _MOST_PACKED[signature.args[0].dtype]:
-                return context.get_dummy_value()  # unpacked first
             emitter = _PanelEmitter(builder, num_tokens, by_groups=by_groups)
             emitter.add_panel(panel, num_columns, x_rows, sum_rows)
             sums = context.make_array(signature.args[6])(context, builder, arguments[6]).data
@@ -214,13 +222,14 @@ def _panel_product(num_tokens: int, *, by_groups: bool = False):  # numba's own 
 
 
 @intrinsic
-def unpack_panel(typing_context, weights, scales, minima, panel, num_columns, out):
-    """Write a panel to `out` [1, K, R] as float32."""
-    signature = types.void(weights, scales, minima, types.intp, types.intp, out)
+def unpack_panel(typing_context, weights, scales, minima, panel, num_columns, out, place):
+    """Write a panel to out[place] [K, R] as float32."""
+    signature = types.void(weights, scales, minima, types.intp, types.intp, out, types.intp)
 
     def generate(context, builder, signature, arguments):
-        target = context.make_array(signature.args[5])(context, builder, arguments[5]).data
         emitter = _PanelEmitter(builder, 0)
+        size = emitter.times(builder.mul(arguments[6], arguments[4]), PANEL_ROWS)
+        target = builder.gep(context.make_array(signature.args[5])(context, builder, arguments[5]).data, [size])
         panel = _Panel(context, builder, signature, arguments)
         emitter.for_each_column(
             panel,
@@ -232,12 +241,39 @@ def unpack_panel(typing_context, weights, scales, minima, panel, num_columns, ou
     return signature, generate
 
 
-_grouped_1, _grouped_2 = _panel_product(1, by_groups=True), _panel_product(2, by_groups=True)
+@intrinsic
+def pair_product(typing_context, panels, x, first, sums):
+    """sums[i, t, r] = Σ_c panels[i, c, r] · x[first + t, c] for two float32 panels and `TOKENS_OF_PAIRS` tokens."""
+    signature = types.void(panels, x, types.intp, sums)
+
+    def generate(context, builder, signature, arguments):
+        if not _HAS_PAIRS:
+            return context.get_dummy_value()
+        weights, rows, _, out = (
+            context.make_array(kind)(context, builder, value) if kind != types.intp else value
+            for kind, value in zip(signature.args, arguments, strict=True)
+        )
+        num_columns = cgutils.unpack_tuple(builder, rows.shape)[1]
+        emitter = _PanelEmitter(builder, 2 * TOKENS_OF_PAIRS)
+        starts = [weights.data, builder.gep(weights.data, [emitter.times(num_columns, PANEL_ROWS)])]
+        tokens = [builder.add(arguments[2], ir.Constant(INT64, t)) for t in range(TOKENS_OF_PAIRS)]
+        x_rows = [builder.gep(rows.data, [builder.mul(token, num_columns)]) for token in tokens]
+        with cgutils.for_range(builder, num_columns) as loop:
+            columns = [emitter.ahead(start, emitter.times(loop.index, PANEL_ROWS)) for start in starts]
+            for t, row in enumerate(x_rows):
+                number = emitter.splat(builder.load(emitter.offset(row, loop.index)))
+                for i, column in enumerate(columns):
+                    emitter.add_product(emitter.sums[i * TOKENS_OF_PAIRS + t], column, number)
+        for place, total in enumerate(emitter.sums):
+            emitter.store(builder.load(total), builder.gep(out.data, [ir.Constant(INT64, place * PANEL_ROWS)]))
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
-def _choice(sizes: tuple[int, ...]):  # numba's own typing takes its place
+def _choice(sizes: tuple[int, ...], *, is_packed: bool = False):  # numba's own typing takes its place
     """The product for a number of tokens that is one of `sizes`, as a chain of conditions."""
-    size, product = sizes[0], _panel_product(sizes[0])
+    size, product = sizes[0], _panel_product(sizes[0], is_packed=is_packed)
 
     @njit(inline="always")
     def last(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
@@ -245,7 +281,7 @@ def _choice(sizes: tuple[int, ...]):  # numba's own typing takes its place
 
     if len(sizes) == 1:
         return last
-    others = _choice(sizes[1:])
+    others = _choice(sizes[1:], is_packed=is_packed)
 
     @njit(inline="always")
     def choose(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
@@ -257,17 +293,8 @@ def _choice(sizes: tuple[int, ...]):  # numba's own typing takes its place
     return choose
 
 
-_product_of = _choice(TILE_SIZES)
-
-
-@intrinsic
-def most_packed(typing_context, weights):
-    """For how many tokens at most products read a panel as it is stored."""
-
-    def generate(_context, _builder, signature, _arguments):
-        return ir.Constant(INT64, _MOST_PACKED[signature.args[0].dtype])
-
-    return types.int64(weights), generate
+_product_of, _packed_product_of = _choice(TILE_SIZES), _choice(TILE_SIZES, is_packed=True)
+_grouped_1, _grouped_2 = (_panel_product(n, is_packed=True, by_groups=True) for n in (1, 2))
 
 
 @njit(inline="always")
@@ -279,12 +306,48 @@ def tile_size(num_tokens):
     return 0
 
 
+@intrinsic
+def most_packed(typing_context, weights):
+    """For how many tokens at most `packed_product` is faster than unpacking panels first."""
+
+    def generate(_context, _builder, signature, _arguments):
+        return ir.Constant(INT64, _MOST_PACKED[signature.args[0].dtype])
+
+    return types.int64(weights), generate
+
+
+def float32_panels(weight, panel, number, buffer):
+    """Panels as [number, K, R] float32: where they are, or in `buffer`. In compiled code only."""
+    raise NotImplementedError
+
+
+@overload(float32_panels)
+def _float32_panels(weight, panel, number, buffer):
+    def stored(weight, panel, number, buffer):
+        return weight[0][panel : panel + number]
+
+    def unpacked(weight, panel, number, buffer):
+        weights, scales, minima = weight
+        for i in range(number):
+            unpack_panel(weights, scales, minima, panel + i, buffer.shape[1], buffer, i)
+        return buffer
+
+    return stored if weight[0].dtype == types.float32 else unpacked
+
+
 @njit(inline="always")
-def tile_product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums, is_invariant):
+def packed_product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums, is_invariant):
     """sums = a panel's products with rows of x, as many as a `tile_size`; `is_invariant`: in the same order for any."""
     if num_tokens == 1 and not is_invariant:
         _grouped_1(weights, scales, minima, panel, x, first, sums, x_sums)
     elif num_tokens == 2 and not is_invariant:
         _grouped_2(weights, scales, minima, panel, x, first, sums, x_sums)
     else:
-        _product_of(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
+        _packed_product_of(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
+
+
+@njit(inline="always")
+def tile_product(panels, panel, x, first, num_tokens, sums):
+    """sums = the products of one of `float32_panels` with rows of x, as many as a `tile_size`."""
+    nothing = np.zeros((1, 0, 0), np.float32)
+    _product_of(panels, nothing, nothing, panel, x, first, num_tokens, sums, nothing[0])
