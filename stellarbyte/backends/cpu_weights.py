@@ -26,7 +26,6 @@ from stellarbyte.model.parts import (
 from stellarbyte.model.residual import LayerScale
 from stellarbyte.ops.cpu.attention import Floats, Integers
 from stellarbyte.ops.cpu.layers import LayerWeights
-from stellarbyte.ops.cpu.linear import INT8_GROUP, PANEL_ROWS
 from stellarbyte.ops.cpu.moe import Experts
 from stellarbyte.ops.cpu.packing import (
     QuantizedRows,
@@ -38,6 +37,7 @@ from stellarbyte.ops.cpu.packing import (
     panels_of,
     quantized_rows,
 )
+from stellarbyte.ops.cpu.panels import INT8_GROUP, PANEL_ROWS
 from stellarbyte.ops.cpu.routing import Routers
 
 # L layers, M layers with experts, E experts, C hidden size, I inner size of an expert, P panels of R rows

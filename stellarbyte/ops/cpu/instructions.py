@@ -3,6 +3,8 @@
 Vectors have 16 lanes of float32: two AVX2 registers, one of AVX-512, four of NEON; LLVM splits them for the machine.
 """
 
+import llvmlite.binding
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -15,6 +17,14 @@ FLOAT, BYTE, INT32, INT64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.In
 FLOATS, BYTES, INTS = (ir.VectorType(scalar, LANES) for scalar in (FLOAT, BYTE, INT32))
 # Of e^r = 1 + r + r² · polynomial for |r| ≤ ln(2) / 2, highest power first (Cephes).
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def host_has(*features: str) -> bool:
+    """Whether this processor has all features, by LLVM's names. False if numba was told to compile for another one: its
+    code may not hold their instructions."""
+    if numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None:
+        return False
+    return all(llvmlite.binding.get_host_cpu_features().get(feature) for feature in features)
 
 
 class Emitter:
@@ -47,6 +57,14 @@ class Emitter:
 
     def store(self, values: ir.Value, pointer: ir.Value) -> None:
         self.builder.store(values, self.builder.bitcast(pointer, FLOATS.as_pointer())).align = 4
+
+    def prefetch(self, pointer: ir.Value) -> None:
+        """Have a line of memory read into the cache, without waiting for it; any address may be given."""
+        address = BYTE.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [address, INT32, INT32, INT32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0i8")
+        to_read, near, is_data = (ir.Constant(INT32, n) for n in (0, 3, 1))
+        self.builder.call(function, [self.builder.bitcast(pointer, address), to_read, near, is_data])
 
     def splat(self, scalar: ir.Value) -> ir.Value:
         vector = self.builder.insert_element(
@@ -264,13 +282,9 @@ def prefetch(typing_context, array, start, length):
 
     def generate(context, builder, signature, arguments):
         emitter = Emitter(builder)
-        first, address = _pointer(context, builder, signature, arguments, 0), BYTE.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [address, INT32, INT32, INT32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        to_read, near, is_data = (ir.Constant(INT32, n) for n in (0, 2, 1))
+        first = _pointer(context, builder, signature, arguments, 0)
         with cgutils.for_range(builder, builder.udiv(arguments[2], ir.Constant(INT64, LANES))) as loop:
-            line = emitter.offset(first, emitter.times(loop.index, LANES))
-            builder.call(function, [builder.bitcast(line, address), to_read, near, is_data])
+            emitter.prefetch(emitter.offset(first, emitter.times(loop.index, LANES)))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp), generate

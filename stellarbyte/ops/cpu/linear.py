@@ -1,26 +1,30 @@
 """Products of packed weights with a few tokens or many, on the CPU.
 
-A weight matrix is stored in panels of 16 rows, column by column, so that one vector register holds one column of a
-panel and a token's value is broadcast against it. Each panel is read from memory once for up to 6 tokens, at the
-machine's full read speed, which torch's products do not reach for small batches; for many tokens the same kernel is
-limited by the multipliers. LLVM's vectoriser does not produce this code, so the innermost loop consists of LLVM
-instructions.
-
-Weights are float32, int8 or fp8 (e4m3; a scale for every 64 columns of a row) or int4 (two columns a byte, a scale and
-a minimum for every 32); activations are float32. Codes of fp8 and int4 are uint8: fp8 has minima of uint8, empty ones.
+Each panel (`panels.py`) is read from memory once for up to 6 tokens, or 24 with AVX-512, at the machine's full read
+speed, which torch's products do not reach for small batches; for many tokens the same kernel is limited by the
+multipliers.
 """
 
 import math
-from collections.abc import Callable, Iterator
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit, prange
 
 from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
-from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, exp, gate
+from stellarbyte.ops.cpu.instructions import exp, gate
+from stellarbyte.ops.cpu.panels import (
+    INT4_GROUP,
+    LARGEST_TILE,
+    PANEL_ROWS,
+    TOKENS_OF_PAIRS,
+    float32_panels,
+    most_packed,
+    packed_product,
+    pair_product,
+    tile_product,
+    tile_size,
+    unpack_panel,
+)
 from stellarbyte.ops.cpu.tiles import (
     COLUMNS_OF_A_TILE,
     ROWS_OF_A_TILE,
@@ -35,11 +39,6 @@ from stellarbyte.ops.cpu.tiles import (
 
 # T tokens, N rows, K columns, P panels of R rows
 
-PANEL_ROWS = LANES
-TOKENS_PER_TILE = 6  # 6 tokens × 16 rows are 12 AVX2 accumulators; weights and a broadcast take the other 4 registers
-INT8_GROUP = 64  # and of fp8
-INT4_GROUP = 32
-
 # How products are computed. PLAIN: as fast as float32 sums allow. INVARIANT: a row of x has the same product, bit for
 # bit, whatever the other rows are and how many. TILED: many tokens by the matrix unit, see `ops.cpu.tiles`.
 # NumPy's integers, here and below: numba compiles a kernel again for each int that another kernel names in a call.
@@ -49,203 +48,6 @@ MIN_TILED_TOKENS = 32  # below, splitting the panels costs more than the product
 NO_ACTIVATION, SILU, GELU, GELU_TANH = (np.int64(number) for number in range(4))
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
-_COLUMNS_AT_ONCE = 4
-
-Column = tuple[ir.Value, ir.Value]  # weights as float32, its number
-Visit = Callable[[ir.Value, ir.Value], None]
-
-
-class _PanelEmitter(Emitter):
-    """LLVM instructions for the dot products of one panel with `num_tokens` rows of x.
-
-    `by_groups`: a sum of a group's integers is scaled once, which is faster for few tokens, but another order of sums.
-    """
-
-    def __init__(self, builder: ir.IRBuilder, num_tokens: int, *, by_groups: bool = False) -> None:
-        super().__init__(builder)
-        self.sums = [self.zeros() for _ in range(num_tokens)]
-        self.by_groups = by_groups
-
-    def add_column(self, sums: list[ir.Value], weights: ir.Value, x_rows: list[ir.Value], column: ir.Value) -> None:
-        """sums[t] += weights · x[t, column]"""
-        for total, row in zip(sums, x_rows, strict=True):
-            self._add_product(total, weights, self.splat(self.builder.load(self.offset(row, column))))
-
-    def add_panel(
-        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
-    ) -> None:
-        """Emit self.sums[t] += panel · x[t]; `sum_rows` are the sums of the rows of x over int4's groups."""
-        if self.by_groups and panel.kind != "float32":
-            self._add_groups(panel, num_columns, x_rows, sum_rows)
-        else:
-            self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
-
-    def for_each_column(self, panel: "_Panel", num_columns: ir.Value, visit: Visit) -> None:
-        """Emit a loop that calls visit(weights of a column as float32, its number)."""
-        if panel.kind == "float32":
-            with cgutils.for_range(self.builder, num_columns) as loop:
-                visit(self.load(self.offset(panel.weights, self.times(loop.index, PANEL_ROWS)), FLOATS, 4), loop.index)
-            return
-        for group, columns in self._groups(panel, num_columns):
-            scale = self._of_group(panel.scales, group)
-            minimum = self._of_group(panel.minima, group) if panel.kind == "int4" else None
-            for integers, column in columns:
-                if minimum is None:
-                    visit(self.builder.fmul(integers, scale), column)
-                else:
-                    visit(self.multiply_add(integers, scale, minimum), column)
-
-    def _add_groups(
-        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
-    ) -> None:
-        """Σ (integer · scale + minimum) · x as scale · Σ integer · x + minimum · Σ x, group by group.
-
-        With few tokens each column would wait for the previous sum, so adjacent columns have separate sums.
-        """
-        partial = [[self.zeros() for _ in x_rows] for _ in range(_COLUMNS_AT_ONCE)]
-        for group, columns in self._groups(panel, num_columns):
-            for total in (total for sums in partial for total in sums):
-                self.builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
-            for i, (integers, column) in enumerate(columns):
-                self.add_column(partial[i], integers, x_rows, column)
-            scale = self._of_group(panel.scales, group)
-            for t, total in enumerate(self.sums):
-                value = self.builder.load(partial[0][t])
-                for sums in partial[1:]:
-                    value = self.builder.fadd(value, self.builder.load(sums[t]))
-                self._add_product(total, scale, value)
-                if panel.kind == "int4":
-                    x_sum = self.splat(self.builder.load(self.offset(sum_rows[t], group)))
-                    self._add_product(total, self._of_group(panel.minima, group), x_sum)
-
-    def _groups(self, panel: "_Panel", num_columns: ir.Value) -> Iterator[tuple[ir.Value, Iterator[Column]]]:
-        """Emit a loop over groups, its body between two items; inside it one over columns, a few in each turn."""
-        size = INT4_GROUP if panel.kind == "int4" else INT8_GROUP
-        columns_of = self._int4_columns if panel.kind == "int4" else self._byte_columns
-        with cgutils.for_range(self.builder, self.builder.udiv(num_columns, ir.Constant(INT64, size))) as loop:
-            yield loop.index, columns_of(panel, self.times(loop.index, size))
-
-    def _byte_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
-        number_of = self._int8_number if panel.kind == "int8" else self._fp8_number
-        with cgutils.for_range(self.builder, ir.Constant(INT64, INT8_GROUP // _COLUMNS_AT_ONCE)) as loop:
-            for place in range(_COLUMNS_AT_ONCE):
-                inside = self.builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, place))
-                column = self.builder.add(first, inside)
-                codes = self.load(self.offset(panel.weights, self.times(column, PANEL_ROWS)), BYTES, 1)
-                yield number_of(codes), column
-
-    def _int8_number(self, codes: ir.Value) -> ir.Value:
-        return self.builder.sitofp(self.builder.sext(codes, INTS), FLOATS)
-
-    def _fp8_number(self, codes: ir.Value) -> ir.Value:
-        """e4m3 as float32: exponent and mantissa move to their places there, with the other bias; the numbers below
-        2^-6, which have no leading 1, are multiples of 2^-9."""
-        builder = self.builder
-        bits = builder.zext(codes, INTS)
-
-        def constant(value: int) -> ir.Constant:
-            return ir.Constant(INTS, [value] * PANEL_ROWS)
-
-        size = builder.and_(bits, constant(0x7F))
-        sign = builder.shl(builder.and_(bits, constant(0x80)), constant(24))
-        normal = builder.add(builder.shl(size, constant(20)), constant((127 - 7) << 23))
-        small = builder.fmul(builder.sitofp(size, FLOATS), ir.Constant(FLOATS, [2.0**-9] * PANEL_ROWS))
-        is_small = builder.icmp_signed("<", size, constant(8))
-        magnitude = builder.select(is_small, builder.bitcast(small, INTS), normal)
-        return builder.bitcast(builder.or_(magnitude, sign), FLOATS)
-
-    def _int4_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
-        builder, two = self.builder, ir.Constant(INT64, 2)
-        four, fifteen = (ir.Constant(BYTES, [n] * PANEL_ROWS) for n in (4, 15))
-        with cgutils.for_range(builder, ir.Constant(INT64, INT4_GROUP // _COLUMNS_AT_ONCE)) as loop:
-            for pair in range(_COLUMNS_AT_ONCE // 2):
-                inside = builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, 2 * pair))
-                column = builder.add(first, inside)
-                both = self.load(
-                    self.offset(panel.weights, self.times(builder.udiv(column, two), PANEL_ROWS)), BYTES, 1
-                )
-                for place, nibbles in enumerate((builder.and_(both, fifteen), builder.lshr(both, four))):
-                    values = builder.sitofp(builder.zext(nibbles, INTS), FLOATS)
-                    yield values, builder.add(column, ir.Constant(INT64, place))
-
-    def _of_group(self, numbers: ir.Value, group: ir.Value) -> ir.Value:
-        return self.load(self.offset(numbers, self.times(group, PANEL_ROWS)), FLOATS, 4)
-
-    def _add_product(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
-        self.builder.store(self.multiply_add(a, b, self.builder.load(total)), total)
-
-
-class _Panel:
-    """One panel of a packed weight, from the first four arguments of an intrinsic: weight and panel number."""
-
-    def __init__(self, context, builder, signature, arguments) -> None:
-        kinds = {types.float32: "float32", types.int8: "int8"}
-        codes = "fp8" if signature.args[2].dtype == types.uint8 else "int4"
-        self.kind = kinds.get(signature.args[0].dtype, codes)
-        self.weights, self.scales, self.minima = (
-            self._start(builder, context.make_array(signature.args[i])(context, builder, arguments[i]), arguments[3])
-            for i in range(3)
-        )
-
-    @staticmethod
-    def _start(builder: ir.IRBuilder, array, panel: ir.Value) -> ir.Value:
-        stride = cgutils.unpack_tuple(builder, array.strides)[0]
-        start = builder.gep(builder.bitcast(array.data, BYTE.as_pointer()), [builder.mul(panel, stride)])
-        return builder.bitcast(start, array.data.type)
-
-
-def _panel_product(num_tokens: int, *, by_groups: bool = False):  # numba's own typing takes its place
-    """An intrinsic: sums[t, r] = Σ_c weights[panel, c, r] · x[first + t, c] for `num_tokens` tokens."""
-
-    @intrinsic
-    def product(typing_context, weights, scales, minima, panel, x, first, sums, x_sums):
-        signature = types.void(weights, scales, minima, types.intp, x, types.intp, sums, x_sums)
-
-        def generate(context, builder, signature, arguments):
-            tokens = [builder.add(arguments[5], ir.Constant(INT64, t)) for t in range(num_tokens)]
-
-            def rows_of(argument: int) -> tuple[list[ir.Value], ir.Value]:
-                array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
-                width = cgutils.unpack_tuple(builder, array.shape)[1]
-                return [builder.gep(array.data, [builder.mul(token, width)]) for token in tokens], width
-
-            (x_rows, num_columns), (sum_rows, _) = rows_of(4), rows_of(7)
-            emitter = _PanelEmitter(builder, num_tokens, by_groups=by_groups)
-            panel = _Panel(context, builder, signature, arguments)
-            emitter.add_panel(panel, num_columns, x_rows, sum_rows)
-            sums = context.make_array(signature.args[6])(context, builder, arguments[6]).data
-            for t, total in enumerate(emitter.sums):
-                emitter.store(builder.load(total), builder.gep(sums, [ir.Constant(INT64, t * PANEL_ROWS)]))
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return product
-
-
-_product_1, _product_2, _product_3 = _panel_product(1), _panel_product(2), _panel_product(3)
-_product_4, _product_5, _product_6 = _panel_product(4), _panel_product(5), _panel_product(6)
-_grouped_1, _grouped_2 = _panel_product(1, by_groups=True), _panel_product(2, by_groups=True)
-
-
-@intrinsic
-def unpack_panel(typing_context, weights, scales, minima, panel, num_columns, out):
-    """Write a panel to `out` [1, K, R] as float32."""
-    signature = types.void(weights, scales, minima, types.intp, types.intp, out)
-
-    def generate(context, builder, signature, arguments):
-        target = context.make_array(signature.args[5])(context, builder, arguments[5]).data
-        emitter = _PanelEmitter(builder, 0)
-        panel = _Panel(context, builder, signature, arguments)
-        emitter.for_each_column(
-            panel,
-            arguments[4],
-            lambda w, column: emitter.store(w, emitter.offset(target, emitter.times(column, PANEL_ROWS))),
-        )
-        return context.get_dummy_value()
-
-    return signature, generate
-
 
 @njit(inline="always")
 def _gelu(x, activation):
@@ -253,27 +55,6 @@ def _gelu(x, activation):
         return np.float32(0.5) * x * np.float32(1.0 + math.erf(x * 0.7071067811865476))
     inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
     return x / (np.float32(1.0) + exp(np.float32(-2.0) * inner))  # 0.5 · (1 + tanh(y)) = 1 / (1 + e^(-2y))
-
-
-@njit(inline="always")
-def tile_product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums, is_invariant):
-    """sums = a panel's products with `num_tokens` rows of x; `is_invariant`: in the same order for any number."""
-    if num_tokens == 6:
-        _product_6(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 1 and is_invariant:
-        _product_1(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 1:
-        _grouped_1(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 2 and is_invariant:
-        _product_2(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 2:
-        _grouped_2(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 3:
-        _product_3(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 4:
-        _product_4(weights, scales, minima, panel, x, first, sums, x_sums)
-    else:
-        _product_5(weights, scales, minima, panel, x, first, sums, x_sums)
 
 
 @njit(inline="always")
@@ -337,23 +118,34 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
     if arithmetic == TILED and num_tokens >= MIN_TILED_TOKENS and x.shape[1] % COLUMNS_OF_A_TILE == 0:
         _tiled_linear(x, weight, bias, addend, out, activation, num_threads)
         return
-    # Unpacking costs about as much as a tile, so few tokens read the packed form directly.
-    unpack_first = weights.itemsize == 1 and num_tokens > 2 * TOKENS_PER_TILE
+    is_packed = num_tokens <= most_packed(weights)
     x_sums = group_sums(x, minima.shape[1])
-    per_thread = (num_panels + num_threads - 1) // num_threads
+    per_thread = (num_panels + 2 * num_threads - 1) // (2 * num_threads) * 2
     for thread in prange(num_threads):
-        sums = np.empty(TOKENS_PER_TILE * PANEL_ROWS, np.float32)
-        unpacked = np.empty((1, x.shape[1] if unpack_first else 0, PANEL_ROWS), np.float32)
-        for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread)):
-            if unpack_first:
-                unpack_panel(weights, scales, minima, panel, x.shape[1], unpacked)
-            for first in range(0, num_tokens, TOKENS_PER_TILE):
-                tile = min(TOKENS_PER_TILE, num_tokens - first)
-                if unpack_first:
-                    tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums, True)
-                else:
-                    tile_product(weights, scales, minima, panel, x, first, tile, sums, x_sums, arithmetic == INVARIANT)
-                write_tile(sums, tile, first, panel, bias, addend, out, activation)
+        sums = np.empty((2, LARGEST_TILE * PANEL_ROWS), np.float32)
+        buffer = np.empty((0 if is_packed else 2, x.shape[1], PANEL_ROWS), np.float32)
+        for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread), 2):
+            number, paired = min(2, num_panels - panel), 0
+            if not is_packed:
+                panels = float32_panels(weight, panel, number, buffer)
+                while number == 2 and num_tokens - paired >= TOKENS_OF_PAIRS:
+                    pair_product(panels, x, paired, sums)
+                    for i in range(2):
+                        write_tile(sums[i], TOKENS_OF_PAIRS, paired, panel + i, bias, addend, out, activation)
+                    paired += TOKENS_OF_PAIRS
+            for i in range(number):
+                first = paired
+                while first < num_tokens:
+                    tile = tile_size(num_tokens - first)
+                    if is_packed:
+                        is_invariant = arithmetic == INVARIANT
+                        packed_product(
+                            weights, scales, minima, panel + i, x, first, tile, sums[0], x_sums, is_invariant
+                        )
+                    else:
+                        tile_product(panels, i, x, first, tile, sums[0])
+                    write_tile(sums[0], tile, first, panel + i, bias, addend, out, activation)
+                    first += tile
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
@@ -376,7 +168,7 @@ def _tiled_linear(x, weight, bias, addend, out, activation, num_threads):
         for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread), 2):
             number = min(2, num_panels - panel)
             for i in range(number):
-                unpack_panel(weights, scales, minima, panel + i, num_columns, unpacked)
+                unpack_panel(weights, scales, minima, panel + i, num_columns, unpacked, 0)
                 split_panel(unpacked[0], panels, i)
             for block in range(0, num_blocks, 2):
                 if block + 1 < num_blocks:

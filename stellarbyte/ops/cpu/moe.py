@@ -16,15 +16,20 @@ from stellarbyte.ops.cpu.instructions import exp
 from stellarbyte.ops.cpu.linear import (
     INVARIANT,
     NO_ACTIVATION,
-    PANEL_ROWS,
-    TOKENS_PER_TILE,
     group_sums,
     linear,
-    tile_product,
-    unpack_panel,
     write_tile,
 )
 from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears
+from stellarbyte.ops.cpu.panels import (
+    LARGEST_TILE,
+    PANEL_ROWS,
+    float32_panels,
+    most_packed,
+    packed_product,
+    tile_product,
+    tile_size,
+)
 from stellarbyte.ops.cpu.routing import Pairs, Routers, gather, make_pairs, route
 
 # T tokens, N pairs, C hidden size, I inner size of an expert, S of the shared expert, P panels of R rows
@@ -136,33 +141,32 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
     starts, num_columns = pairs.starts_E, x.shape[1]
     num_rows = out.shape[1] if activation == NO_ACTIVATION else 2 * out.shape[1]
     num_panels = (num_rows + PANEL_ROWS - 1) // PANEL_ROWS
-    may_unpack = weights.itemsize == 1 and len(x) > 2 * TOKENS_PER_TILE  # as in `linear`
     x_sums = group_sums(x, minima.shape[1])
     nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     for thread in prange(num_threads):
-        sums = np.empty(TOKENS_PER_TILE * PANEL_ROWS, np.float32)
-        unpacked = np.empty((1, num_columns if may_unpack else 0, PANEL_ROWS), np.float32)
+        sums = np.empty(LARGEST_TILE * PANEL_ROWS, np.float32)
+        buffer = np.empty((0 if len(x) <= most_packed(weights) else 1, num_columns, PANEL_ROWS), np.float32)
         for expert in range(len(starts) - 1):
             start, end = starts[expert], starts[expert + 1]
             if start == end:
                 continue
-            unpack_first = may_unpack and end - start > 2 * TOKENS_PER_TILE
+            is_packed = end - start <= most_packed(weights)
             for panel in range(thread * num_panels // num_threads, (thread + 1) * num_panels // num_threads):
                 number = (first_expert + expert) * num_panels + panel
-                if unpack_first:
-                    unpack_panel(weights, scales, minima, number, num_columns, unpacked)
-                for first in range(start, end, TOKENS_PER_TILE):
-                    tile = min(TOKENS_PER_TILE, end - first)
-                    if unpack_first:
-                        tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums, True)
+                panels = buffer if is_packed else float32_panels(weight, number, 1, buffer)
+                first = start
+                while first < end:
+                    tile = tile_size(end - first)
+                    if is_packed:
+                        order = arithmetic == INVARIANT
+                        packed_product(weights, scales, minima, number, x, first, tile, sums, x_sums, order)
                     else:
-                        tile_product(
-                            weights, scales, minima, number, x, first, tile, sums, x_sums, arithmetic == INVARIANT
-                        )
+                        tile_product(panels, 0, x, first, tile, sums)
                     if activation == NO_ACTIVATION:
                         _add_tile(sums, tile, first, panel, pairs, out)
                     else:
                         write_tile(sums, tile, first, panel, nothing, no_addend, out, activation)
+                    first += tile
 
 
 @njit(inline="always")

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stellarbyte.ops.cpu.linear import INT4_GROUP, INT8_GROUP, PANEL_ROWS
+from stellarbyte.ops.cpu.panels import INT4_GROUP, INT8_GROUP, PANEL_ROWS
 
 # N rows, K columns, P panels of R rows, G columns that share a scale, L layers
 

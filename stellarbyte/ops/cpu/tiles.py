@@ -8,14 +8,12 @@ most 2^-16 of it. So sums are close to those of float32, at a third of the unit'
 import ctypes
 import platform
 
-import llvmlite.binding
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from stellarbyte.ops.cpu.instructions import BYTE, FLOATS, INT64, INTS, LANES, Emitter
+from stellarbyte.ops.cpu.instructions import BYTE, FLOATS, INT64, INTS, LANES, Emitter, host_has
 
 # T tokens, K columns, R rows of a panel
 
@@ -30,10 +28,7 @@ _BYTES_OF_A_ROW, _BYTES_OF_A_TILE = 64, 1024
 # The layout that the unit is configured with: palette 1, and for each of 8 tiles the bytes of a row and the rows.
 _CONFIGURATION = bytes([1, *bytes(15), *(_BYTES_OF_A_ROW, 0) * 8, *bytes(16), *(ROWS_OF_A_TILE,) * 8, *bytes(8)])
 
-_features = llvmlite.binding.get_host_cpu_features()
-# Not if numba was told to compile for another processor: its code cannot hold these instructions.
-_is_for_host = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None
-IS_THERE = _is_for_host and bool(_features.get("amx-tile") and _features.get("amx-bf16"))
+IS_THERE = host_has("amx-tile", "amx-bf16")
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 

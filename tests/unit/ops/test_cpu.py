@@ -65,7 +65,7 @@ def test_a_batch_gets_its_single_run_tokens() -> None:
 
 @pytest.mark.parametrize("quantization", TOLERANCE)
 @pytest.mark.parametrize(("rows", "columns"), [(16, 64), (70, 128), (5, 192)])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 13, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 23, 24, 40, 53])
 def test_products_of_every_size(tokens: int, rows: int, columns: int, quantization: str) -> None:
     numbers = np.random.default_rng(tokens)
     x, w, bias = (
@@ -116,7 +116,7 @@ def test_an_invariant_product_has_the_same_bits_among_any_number_of_tokens(quant
         return out
 
     whole = product(slice(None))
-    for size in range(1, 20):
+    for size in range(1, 30):
         for first in range(0, 29, size):
             np.testing.assert_array_equal(product(slice(first, first + size)), whole[first : first + size])
 

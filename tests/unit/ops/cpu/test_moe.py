@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stellarbyte.model.mlp import GATES
-from stellarbyte.ops.cpu.linear import ACTIVATIONS, PANEL_ROWS, PLAIN
+from stellarbyte.ops.cpu.linear import ACTIVATIONS, PLAIN
 from stellarbyte.ops.cpu.moe import Experts, make_expert_buffers, mixture
 from stellarbyte.ops.cpu.packing import (
     StackedLinears,
@@ -20,6 +20,7 @@ from stellarbyte.ops.cpu.packing import (
     quantized_rows,
     unpack,
 )
+from stellarbyte.ops.cpu.panels import PANEL_ROWS
 from stellarbyte.ops.cpu.routing import Routers, make_pairs, route
 from tests.support.cases import some
 from tests.support.chosen_experts import choose_experts, sum_of_experts

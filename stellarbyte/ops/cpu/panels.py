@@ -1,0 +1,353 @@
+"""A packed weight's panels: products with a few tokens, whose sums stay in registers, and unpacking, on the CPU.
+
+A weight matrix is stored in panels of 16 rows, column by column, so that one vector register holds one column of a
+panel and a token's value is broadcast against it. LLVM's vectoriser does not produce this code, so the innermost loop
+consists of LLVM instructions.
+
+Weights are float32, int8 or fp8 (e4m3; a scale for every 64 columns of a row) or int4 (two columns a byte, a scale and
+a minimum for every 32); activations are float32. Codes of fp8 and int4 are uint8: fp8 has minima of uint8, empty ones.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, host_has
+
+PANEL_ROWS = LANES
+INT8_GROUP = 64  # and of fp8
+INT4_GROUP = 32
+
+# How many tokens may share a column while it is in a register. AVX2 has 16 registers of half a vector, of which 12 hold
+# the sums of 6 tokens. AVX-512 has 32 of a whole one: 24 for the sums of 12 tokens with two panels at a time, which
+# need half as many loads as those of 24 tokens with one.
+_HAS_PAIRS = host_has("avx512f")
+TILE_SIZES = (12, 8, 6, 5, 4, 3, 2, 1) if _HAS_PAIRS else (6, 5, 4, 3, 2, 1)
+LARGEST_TILE = TILE_SIZES[0]
+TOKENS_OF_PAIRS = LARGEST_TILE if _HAS_PAIRS else 2**62
+# For more tokens, panels are unpacked once. Codes of int4 and fp8 are hard to unpack: it costs as much as 6 tokens.
+_MOST_PACKED = {types.float32: 0, types.int8: 4 * LARGEST_TILE, types.uint8: 12}
+
+_COLUMNS_AT_ONCE = 4
+_LINES_AHEAD = 64  # of memory: panels follow each other, and processors' own prefetching falls behind many tokens' sums
+
+Column = tuple[ir.Value, ir.Value]  # weights as float32, its number
+Visit = Callable[[ir.Value, ir.Value], None]
+
+
+class _PanelEmitter(Emitter):
+    """LLVM instructions for the dot products of one panel with `num_tokens` rows of x.
+
+    `by_groups`: a sum of a group's integers is scaled once, which is faster for few tokens, but another order of sums.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, num_tokens: int, *, by_groups: bool = False) -> None:
+        super().__init__(builder)
+        self.sums = [self.zeros() for _ in range(num_tokens)]
+        self.by_groups = by_groups
+
+    def add_column(self, sums: list[ir.Value], weights: ir.Value, x_rows: list[ir.Value], column: ir.Value) -> None:
+        """sums[t] += weights · x[t, column]"""
+        for total, row in zip(sums, x_rows, strict=True):
+            self.add_product(total, weights, self.splat(self.builder.load(self.offset(row, column))))
+
+    def add_panel(
+        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
+    ) -> None:
+        """Emit self.sums[t] += panel · x[t]; `sum_rows` are the sums of the rows of x over int4's groups."""
+        if self.by_groups and panel.kind != "float32":
+            self._add_groups(panel, num_columns, x_rows, sum_rows)
+        else:
+            self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
+
+    def for_each_column(self, panel: "_Panel", num_columns: ir.Value, visit: Visit) -> None:
+        """Emit a loop that calls visit(weights of a column as float32, its number)."""
+        if panel.kind == "float32":
+            with cgutils.for_range(self.builder, num_columns) as loop:
+                visit(self.ahead(panel.weights, self.times(loop.index, PANEL_ROWS)), loop.index)
+            return
+        for group, columns in self._groups(panel, num_columns):
+            scale = self._of_group(panel.scales, group)
+            minimum = self._of_group(panel.minima, group) if panel.kind == "int4" else None
+            for integers, column in columns:
+                if minimum is None:
+                    visit(self.builder.fmul(integers, scale), column)
+                else:
+                    visit(self.multiply_add(integers, scale, minimum), column)
+
+    def _add_groups(
+        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
+    ) -> None:
+        """Σ (integer · scale + minimum) · x as scale · Σ integer · x + minimum · Σ x, group by group.
+
+        With few tokens each column would wait for the previous sum, so adjacent columns have separate sums.
+        """
+        partial = [[self.zeros() for _ in x_rows] for _ in range(_COLUMNS_AT_ONCE)]
+        for group, columns in self._groups(panel, num_columns):
+            for total in (total for sums in partial for total in sums):
+                self.builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
+            for i, (integers, column) in enumerate(columns):
+                self.add_column(partial[i], integers, x_rows, column)
+            scale = self._of_group(panel.scales, group)
+            for t, total in enumerate(self.sums):
+                value = self.builder.load(partial[0][t])
+                for sums in partial[1:]:
+                    value = self.builder.fadd(value, self.builder.load(sums[t]))
+                self.add_product(total, scale, value)
+                if panel.kind == "int4":
+                    x_sum = self.splat(self.builder.load(self.offset(sum_rows[t], group)))
+                    self.add_product(total, self._of_group(panel.minima, group), x_sum)
+
+    def _groups(self, panel: "_Panel", num_columns: ir.Value) -> Iterator[tuple[ir.Value, Iterator[Column]]]:
+        """Emit a loop over groups, its body between two items; inside it one over columns, a few in each turn."""
+        size = INT4_GROUP if panel.kind == "int4" else INT8_GROUP
+        columns_of = self._int4_columns if panel.kind == "int4" else self._byte_columns
+        with cgutils.for_range(self.builder, self.builder.udiv(num_columns, ir.Constant(INT64, size))) as loop:
+            yield loop.index, columns_of(panel, self.times(loop.index, size))
+
+    def _byte_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        builder = self.builder
+        number_of = self._int8_number if panel.kind == "int8" else self._fp8_number
+        with cgutils.for_range(self.builder, ir.Constant(INT64, INT8_GROUP // _COLUMNS_AT_ONCE)) as loop:
+            turn = builder.add(first, self.times(loop.index, _COLUMNS_AT_ONCE))
+            self._prefetch_ahead(self.offset(panel.weights, self.times(turn, PANEL_ROWS)), 1)
+            for place in range(_COLUMNS_AT_ONCE):
+                column = builder.add(turn, ir.Constant(INT64, place))
+                codes = self.load(self.offset(panel.weights, self.times(column, PANEL_ROWS)), BYTES, 1)
+                yield number_of(codes), column
+
+    def _int8_number(self, codes: ir.Value) -> ir.Value:
+        return self.builder.sitofp(self.builder.sext(codes, INTS), FLOATS)
+
+    def _fp8_number(self, codes: ir.Value) -> ir.Value:
+        """e4m3 as float32: exponent and mantissa move to their places there, with the other bias; the numbers below
+        2^-6, which have no leading 1, are multiples of 2^-9."""
+        builder = self.builder
+        bits = builder.zext(codes, INTS)
+
+        def constant(value: int) -> ir.Constant:
+            return ir.Constant(INTS, [value] * PANEL_ROWS)
+
+        size = builder.and_(bits, constant(0x7F))
+        sign = builder.shl(builder.and_(bits, constant(0x80)), constant(24))
+        normal = builder.add(builder.shl(size, constant(20)), constant((127 - 7) << 23))
+        small = builder.fmul(builder.sitofp(size, FLOATS), ir.Constant(FLOATS, [2.0**-9] * PANEL_ROWS))
+        is_small = builder.icmp_signed("<", size, constant(8))
+        magnitude = builder.select(is_small, builder.bitcast(small, INTS), normal)
+        return builder.bitcast(builder.or_(magnitude, sign), FLOATS)
+
+    def _int4_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        builder, two = self.builder, ir.Constant(INT64, 2)
+        four, fifteen = (ir.Constant(BYTES, [n] * PANEL_ROWS) for n in (4, 15))
+        with cgutils.for_range(builder, ir.Constant(INT64, INT4_GROUP // _COLUMNS_AT_ONCE)) as loop:
+            turn = builder.add(first, self.times(loop.index, _COLUMNS_AT_ONCE))
+            codes = self.offset(panel.weights, self.times(builder.udiv(turn, two), PANEL_ROWS))
+            self._prefetch_ahead(codes, 1)
+            for pair in range(_COLUMNS_AT_ONCE // 2):
+                column = builder.add(turn, ir.Constant(INT64, 2 * pair))
+                both = self.load(self.offset(codes, ir.Constant(INT64, pair * PANEL_ROWS)), BYTES, 1)
+                for place, nibbles in enumerate((builder.and_(both, fifteen), builder.lshr(both, four))):
+                    values = builder.sitofp(builder.zext(nibbles, INTS), FLOATS)
+                    yield values, builder.add(column, ir.Constant(INT64, place))
+
+    def ahead(self, weights: ir.Value, place: ir.Value) -> ir.Value:
+        """The vector weights[place:] of float32, with a prefetch of one further on."""
+        pointer = self.offset(weights, place)
+        self._prefetch_ahead(pointer, 4)
+        return self.load(pointer, FLOATS, 4)
+
+    def _prefetch_ahead(self, weights: ir.Value, size: int) -> None:
+        """Read what stands some lines behind `weights`, of numbers of `size` bytes, into the cache."""
+        self.prefetch(self.offset(weights, ir.Constant(INT64, _LINES_AHEAD * 64 // size)))
+
+    def _of_group(self, numbers: ir.Value, group: ir.Value) -> ir.Value:
+        return self.load(self.offset(numbers, self.times(group, PANEL_ROWS)), FLOATS, 4)
+
+    def add_product(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
+        self.builder.store(self.multiply_add(a, b, self.builder.load(total)), total)
+
+
+class _Panel:
+    """One panel of a packed weight, from the first four arguments of an intrinsic: weight and panel number."""
+
+    def __init__(self, context, builder, signature, arguments) -> None:
+        kinds = {types.float32: "float32", types.int8: "int8"}
+        codes = "fp8" if signature.args[2].dtype == types.uint8 else "int4"
+        self.kind = kinds.get(signature.args[0].dtype, codes)
+        self.weights, self.scales, self.minima = (
+            self._start(builder, context.make_array(signature.args[i])(context, builder, arguments[i]), arguments[3])
+            for i in range(3)
+        )
+
+    @staticmethod
+    def _start(builder: ir.IRBuilder, array, panel: ir.Value) -> ir.Value:
+        stride = cgutils.unpack_tuple(builder, array.strides)[0]
+        start = builder.gep(builder.bitcast(array.data, BYTE.as_pointer()), [builder.mul(panel, stride)])
+        return builder.bitcast(start, array.data.type)
+
+
+def _panel_product(num_tokens: int, *, is_packed: bool = False, by_groups: bool = False):  # numba's typing
+    """An intrinsic: sums[t, r] = Σ_c weights[panel, c, r] · x[first + t, c] for `num_tokens` tokens."""
+
+    @intrinsic
+    def product(typing_context, weights, scales, minima, panel, x, first, sums, x_sums):
+        signature = types.void(weights, scales, minima, types.intp, x, types.intp, sums, x_sums)
+
+        def generate(context, builder, signature, arguments):
+            tokens = [builder.add(arguments[5], ir.Constant(INT64, t)) for t in range(num_tokens)]
+
+            def rows_of(argument: int) -> tuple[list[ir.Value], ir.Value]:
+                array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
+                width = cgutils.unpack_tuple(builder, array.shape)[1]
+                return [builder.gep(array.data, [builder.mul(token, width)]) for token in tokens], width
+
+            (x_rows, num_columns), (sum_rows, _) = rows_of(4), rows_of(7)
+            if is_packed and signature.args[0].dtype == types.float32:
+                return context.get_dummy_value()  # never called: `most_packed` of them is 0
+            panel = _Panel(context, builder, signature, arguments)
+            emitter = _PanelEmitter(builder, num_tokens, by_groups=by_groups)
+            emitter.add_panel(panel, num_columns, x_rows, sum_rows)
+            sums = context.make_array(signature.args[6])(context, builder, arguments[6]).data
+            for t, total in enumerate(emitter.sums):
+                emitter.store(builder.load(total), builder.gep(sums, [ir.Constant(INT64, t * PANEL_ROWS)]))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return product
+
+
+@intrinsic
+def unpack_panel(typing_context, weights, scales, minima, panel, num_columns, out, place):
+    """Write a panel to out[place] [K, R] as float32."""
+    signature = types.void(weights, scales, minima, types.intp, types.intp, out, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        emitter = _PanelEmitter(builder, 0)
+        size = emitter.times(builder.mul(arguments[6], arguments[4]), PANEL_ROWS)
+        target = builder.gep(context.make_array(signature.args[5])(context, builder, arguments[5]).data, [size])
+        panel = _Panel(context, builder, signature, arguments)
+        emitter.for_each_column(
+            panel,
+            arguments[4],
+            lambda w, column: emitter.store(w, emitter.offset(target, emitter.times(column, PANEL_ROWS))),
+        )
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def pair_product(typing_context, panels, x, first, sums):
+    """sums[i, t, r] = Σ_c panels[i, c, r] · x[first + t, c] for two float32 panels and `TOKENS_OF_PAIRS` tokens."""
+    signature = types.void(panels, x, types.intp, sums)
+
+    def generate(context, builder, signature, arguments):
+        if not _HAS_PAIRS:
+            return context.get_dummy_value()
+        weights, rows, _, out = (
+            context.make_array(kind)(context, builder, value) if kind != types.intp else value
+            for kind, value in zip(signature.args, arguments, strict=True)
+        )
+        num_columns = cgutils.unpack_tuple(builder, rows.shape)[1]
+        emitter = _PanelEmitter(builder, 2 * TOKENS_OF_PAIRS)
+        starts = [weights.data, builder.gep(weights.data, [emitter.times(num_columns, PANEL_ROWS)])]
+        tokens = [builder.add(arguments[2], ir.Constant(INT64, t)) for t in range(TOKENS_OF_PAIRS)]
+        x_rows = [builder.gep(rows.data, [builder.mul(token, num_columns)]) for token in tokens]
+        with cgutils.for_range(builder, num_columns) as loop:
+            columns = [emitter.ahead(start, emitter.times(loop.index, PANEL_ROWS)) for start in starts]
+            for t, row in enumerate(x_rows):
+                number = emitter.splat(builder.load(emitter.offset(row, loop.index)))
+                for i, column in enumerate(columns):
+                    emitter.add_product(emitter.sums[i * TOKENS_OF_PAIRS + t], column, number)
+        for place, total in enumerate(emitter.sums):
+            emitter.store(builder.load(total), builder.gep(out.data, [ir.Constant(INT64, place * PANEL_ROWS)]))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _choice(sizes: tuple[int, ...], *, is_packed: bool = False):  # numba's own typing takes its place
+    """The product for a number of tokens that is one of `sizes`, as a chain of conditions."""
+    size, product = sizes[0], _panel_product(sizes[0], is_packed=is_packed)
+
+    @njit(inline="always")
+    def last(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
+        product(weights, scales, minima, panel, x, first, sums, x_sums)
+
+    if len(sizes) == 1:
+        return last
+    others = _choice(sizes[1:], is_packed=is_packed)
+
+    @njit(inline="always")
+    def choose(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
+        if num_tokens == size:
+            product(weights, scales, minima, panel, x, first, sums, x_sums)
+        else:
+            others(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
+
+    return choose
+
+
+_product_of, _packed_product_of = _choice(TILE_SIZES), _choice(TILE_SIZES, is_packed=True)
+_grouped_1, _grouped_2 = (_panel_product(n, is_packed=True, by_groups=True) for n in (1, 2))
+
+
+@njit(inline="always")
+def tile_size(num_tokens):
+    """Of so many tokens, how many the next tile takes."""
+    for size in TILE_SIZES:
+        if size <= num_tokens:
+            return size
+    return 0
+
+
+@intrinsic
+def most_packed(typing_context, weights):
+    """For how many tokens at most `packed_product` is faster than unpacking panels first."""
+
+    def generate(_context, _builder, signature, _arguments):
+        return ir.Constant(INT64, _MOST_PACKED[signature.args[0].dtype])
+
+    return types.int64(weights), generate
+
+
+def float32_panels(weight, panel, number, buffer):
+    """Panels as [number, K, R] float32: where they are, or in `buffer`. In compiled code only."""
+    raise NotImplementedError
+
+
+@overload(float32_panels)
+def _float32_panels(weight, panel, number, buffer):
+    def stored(weight, panel, number, buffer):
+        return weight[0][panel : panel + number]
+
+    def unpacked(weight, panel, number, buffer):
+        weights, scales, minima = weight
+        for i in range(number):
+            unpack_panel(weights, scales, minima, panel + i, buffer.shape[1], buffer, i)
+        return buffer
+
+    return stored if weight[0].dtype == types.float32 else unpacked
+
+
+@njit(inline="always")
+def packed_product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums, is_invariant):
+    """sums = a panel's products with rows of x, as many as a `tile_size`; `is_invariant`: in the same order for any."""
+    if num_tokens == 1 and not is_invariant:
+        _grouped_1(weights, scales, minima, panel, x, first, sums, x_sums)
+    elif num_tokens == 2 and not is_invariant:
+        _grouped_2(weights, scales, minima, panel, x, first, sums, x_sums)
+    else:
+        _packed_product_of(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
+
+
+@njit(inline="always")
+def tile_product(panels, panel, x, first, num_tokens, sums):
+    """sums = the products of one of `float32_panels` with rows of x, as many as a `tile_size`."""
+    nothing = np.zeros((1, 0, 0), np.float32)
+    _product_of(panels, nothing, nothing, panel, x, first, num_tokens, sums, nothing[0])
