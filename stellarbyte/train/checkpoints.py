@@ -36,13 +36,11 @@ class Checkpoints:
 
     def last(self) -> Path | None:
         """The newest checkpoint; None: there is none. Removes what a killed process has left of another."""
-        if not self.folder.is_dir():
-            return None
         if is_first_rank():
             for partial in self.folder.glob(f".checkpoint-*{_PARTIAL}"):
                 shutil.rmtree(partial)
-        wait_for_all()
-        found = get_last_checkpoint(str(self.folder))
+        wait_for_all()  # by all, also if the folder is not there: the first rank may be making it
+        found = get_last_checkpoint(str(self.folder)) if self.folder.is_dir() else None
         return None if found is None else Path(found)
 
     def refuse_other_origin(self, checkpoint: Path) -> None:
