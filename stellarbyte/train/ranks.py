@@ -41,5 +41,11 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
+def leave_group() -> None:
+    """At the end of a rank's run: threads of gloo that still run could abort its process as it exits."""
+    if is_distributed():
+        distributed.destroy_process_group()
+
+
 def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()

@@ -84,7 +84,7 @@ class EngineSettings:
         1,
     )  # None: auto
     tensor_parallel_size: int = option(
-        whole_number(1, 64), "N", "processes, each on its own device, that divide the model among them", 1
+        whole_number(1, 64), "N", "GPUs, or processes on a CPU, that divide the model among them", 1
     )
     dtype: str = option(
         one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "data type of weights and KV cache", "auto"

@@ -118,7 +118,7 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
     if arithmetic == TILED and num_tokens >= MIN_TILED_TOKENS and x.shape[1] % COLUMNS_OF_A_TILE == 0:
         _tiled_linear(x, weight, bias, addend, out, activation, num_threads)
         return
-    is_packed = num_tokens <= most_packed(weights)
+    is_packed, is_invariant = num_tokens <= most_packed(weights), arithmetic == INVARIANT
     x_sums = group_sums(x, minima.shape[1])
     per_thread = (num_panels + 2 * num_threads - 1) // (2 * num_threads) * 2
     for thread in prange(num_threads):
@@ -143,7 +143,7 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
                             weights, scales, minima, panel + i, x, first, tile, sums[0], x_sums, is_invariant
                         )
                     else:
-                        tile_product(panels, i, x, first, tile, sums[0])
+                        tile_product(panels, scales, minima, i, x, first, tile, sums[0], x_sums)
                     write_tile(sums[0], tile, first, panel + i, bias, addend, out, activation)
                     first += tile
 

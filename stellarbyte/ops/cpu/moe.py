@@ -141,6 +141,7 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
     starts, num_columns = pairs.starts_E, x.shape[1]
     num_rows = out.shape[1] if activation == NO_ACTIVATION else 2 * out.shape[1]
     num_panels = (num_rows + PANEL_ROWS - 1) // PANEL_ROWS
+    is_invariant = arithmetic == INVARIANT
     x_sums = group_sums(x, minima.shape[1])
     nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     for thread in prange(num_threads):
@@ -158,10 +159,9 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
                 while first < end:
                     tile = tile_size(end - first)
                     if is_packed:
-                        order = arithmetic == INVARIANT
-                        packed_product(weights, scales, minima, number, x, first, tile, sums, x_sums, order)
+                        packed_product(weights, scales, minima, number, x, first, tile, sums, x_sums, is_invariant)
                     else:
-                        tile_product(panels, 0, x, first, tile, sums)
+                        tile_product(panels, scales, minima, 0, x, first, tile, sums, x_sums)
                     if activation == NO_ACTIVATION:
                         _add_tile(sums, tile, first, panel, pairs, out)
                     else:

@@ -10,7 +10,6 @@ a minimum for every 32); activations are float32. Codes of fp8 and int4 are uint
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -347,7 +346,7 @@ def packed_product(weights, scales, minima, panel, x, first, num_tokens, sums, x
 
 
 @njit(inline="always")
-def tile_product(panels, panel, x, first, num_tokens, sums):
-    """sums = the products of one of `float32_panels` with rows of x, as many as a `tile_size`."""
-    nothing = np.zeros((1, 0, 0), np.float32)
-    _product_of(panels, nothing, nothing, panel, x, first, num_tokens, sums, nothing[0])
+def tile_product(panels, scales, minima, panel, x, first, num_tokens, sums, x_sums):
+    """sums = the products of one of `float32_panels` with rows of x, as many as a `tile_size`. What belongs to the
+    weight's stored form is not read."""
+    _product_of(panels, scales, minima, panel, x, first, num_tokens, sums, x_sums)

@@ -9,7 +9,7 @@ from rich.console import Console
 from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
 from stellarbyte.train.config.yaml_file import read_yaml
 from stellarbyte.train.launch import train
-from stellarbyte.train.ranks import is_first_rank
+from stellarbyte.train.ranks import is_first_rank, leave_group
 from stellarbyte.train.rows import RunData
 
 C = TypeVar("C", Pretrain, Sft, LoraRun)
@@ -20,10 +20,12 @@ def run_training(kind: str, section: type[C], rows: Callable[[C], RunData], opti
     config = read_yaml(options.file, section, options.overrides)
     console = Console()
     outcome = train(kind, config, rows(config), resume=options.resume, console=console)
+    reports = is_first_rank()
+    leave_group()
     if outcome.folder is not None:
-        if is_first_rank():
+        if reports:
             console.print(f"Wrote {outcome.folder}", soft_wrap=True)
         return 0
-    if is_first_rank():
+    if reports:
         console.print(f"Stopped after step {outcome.step}; continue with --resume.")
     return 128 + (outcome.number or 0)

@@ -64,14 +64,7 @@ class GpuEngine:
         **options: Any,
     ) -> None:
         config = model.config if config is None else config
-        windows = config.windows
-        self.scheduler = make_scheduler(
-            window=max(windows) if all(windows) else None,
-            sink_tokens=config.sink_tokens if any(windows) else 0,
-            num_steps_ahead=SlotExecutor.num_steps_ahead,
-            max_draft_tokens=max_drafted,
-            **options,
-        )
+        self.scheduler = make_gpu_scheduler(config, max_drafted, **options)
         bank = LoraBank(config, len(adapters), 16, dtype, device)
         self.versions = {}
         for slot, (name, adapter) in enumerate(adapters.items(), 1):
@@ -185,6 +178,18 @@ class GpuEngine:
         planner.release_ended()
         assert sorted(planner._free) == list(range(1, planner._num_slots + 1))
         assert planner._num_slots <= self.scheduler.limits.max_num_seqs
+
+
+def make_gpu_scheduler(config: ByteModelConfig, max_drafted: int, **options: Any) -> Scheduler:
+    """For a `SlotExecutor` of a model with this config; options as of `make_scheduler`."""
+    windows = [window for window in config.windows if window]
+    return make_scheduler(
+        window=max(windows) if len(windows) == len(config.windows) else None,
+        sink_tokens=config.sink_tokens if windows else 0,
+        num_steps_ahead=SlotExecutor.num_steps_ahead,
+        max_draft_tokens=max_drafted,
+        **options,
+    )
 
 
 def make_executor(model: TritonModel, scheduler: Scheduler, max_drafted: int = 0) -> SlotExecutor:

@@ -29,9 +29,8 @@ from stellarbyte_server.engine.start.gpu_rank import load_gpu_model
 from stellarbyte_server.engine.start.model_folder import ModelFolder
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from tests.support.engines.drafting import GRAMMARS, TOKENIZER, ResidentAdapters
-from tests.support.engines.engine import make_scheduler
 from tests.support.engines.ranks import Meeting, ThreadGroup, rank_weights
-from tests.support.gpu.gpu_engine import make_executor
+from tests.support.gpu.gpu_engine import make_executor, make_gpu_scheduler
 from tests.support.models.adapters import NO_FILES, RandomAdapter
 
 
@@ -98,14 +97,7 @@ class GpuRanksEngine:
         **options: Any,
     ) -> None:
         config = model.config
-        windows = config.windows
-        self.scheduler = make_scheduler(
-            window=max(windows) if all(windows) else None,
-            sink_tokens=config.sink_tokens if any(windows) else 0,
-            num_steps_ahead=SlotExecutor.num_steps_ahead,
-            max_draft_tokens=max_drafted,
-            **options,
-        )
+        self.scheduler = make_gpu_scheduler(config, max_drafted, **options)
         meeting = Meeting(ranks)
         meeting.barrier = TurnBarrier(ranks)
         self.models: list[TritonModel] = []

@@ -25,6 +25,7 @@ from stellarbyte.train import trainer as trainer_module
 from stellarbyte.train.config.run import LoraRun, Pretrain
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.launch import train
+from stellarbyte.train.ranks import leave_group
 from tests.support.training.rows import run_data
 
 torch.set_num_threads(1)
@@ -32,6 +33,7 @@ torch.set_num_threads(1)
 
 def main() -> int:
     statuses = [_run(told) for told in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))]
+    leave_group()
     return next((status for status in statuses if status), 0)
 
 

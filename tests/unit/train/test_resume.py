@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from stellarbyte.train import checkpoints
+from stellarbyte.train.parallel.layout import Layout
 from tests.support.cases import some
 from tests.support.training.processes import final_hash, run, run_all, steps_of
 from tests.support.training.rows import hash_of
@@ -83,6 +85,15 @@ def test_two_ranks_that_were_stopped_go_on(tmp_path: Path) -> None:
     ended = run(stopped, ranks=2, train=SAVED_AT_THE_END, held_out=HELD_OUT, resume=True)
     assert ended.statuses == [0, 0], ended.output
     assert_equal_runs(stopped, whole)
+
+
+def test_a_rank_that_comes_before_the_folder_waits_for_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "run" / "checkpoint-3"
+    monkeypatch.setattr(checkpoints, "wait_for_all", lambda: made.mkdir(parents=True))  # the first rank makes it
+    found = checkpoints.Checkpoints(made.parent, {"data": "hash"}, Layout(replicas=2, fsdp=1, tensor=1)).last()
+    assert found == made
 
 
 def test_other_data_and_other_batches_are_refused(uninterrupted: Path, tmp_path: Path) -> None:
