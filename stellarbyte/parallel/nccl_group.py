@@ -6,6 +6,7 @@ Both may be captured in CUDA graphs. NVLink multicast is never used, for which b
 import logging
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import distributed
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 # 15.1, 9.7, 7.7; of 2 MiB 33, 19, 13; of 16 MiB 79, 97, 58.
 ONE_SHOT_BYTES = 64 * 2**10
 SYMMETRIC_BYTES = 16 * 2**20
+_TWO_SHOT_RANKS = (2, 4, 8)  # torch has its kernel for these
 _ALIGNMENT = 16  # bytes that the symmetric kernels read at once, of each rank's part in two shots
 
 _SWITCHES = {
@@ -28,6 +30,15 @@ _SWITCHES = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }
+
+
+def path_of(num_bytes: int, ranks: int) -> Literal["one shot", "two shots", "nccl"]:
+    """How a sum of so many bytes goes where there is symmetric memory."""
+    if num_bytes > SYMMETRIC_BYTES or num_bytes % (_ALIGNMENT * ranks):
+        return "nccl"
+    if num_bytes <= ONE_SHOT_BYTES:
+        return "one shot"
+    return "two shots" if ranks in _TWO_SHOT_RANKS else "nccl"
 
 
 class NcclGroup:
@@ -53,6 +64,7 @@ class NcclGroup:
             RuntimeError: they do not come within a minute.
         """
         os.environ.update(_SWITCHES)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         shared = distributed.FileStore(str(self._store), self.ranks)  # type: ignore[attr-defined]
         shared.set_timeout(CONNECT_TIMEOUT)
         distributed.init_process_group(
@@ -61,19 +73,20 @@ class NcclGroup:
         assert distributed.group.WORLD is not None
         self._name = distributed.group.WORLD.group_name
         self._symmetric = self._make_symmetric()
-        for size in (ONE_SHOT_BYTES, SYMMETRIC_BYTES, 4 * SYMMETRIC_BYTES):  # each loads its kernels
-            self.all_gather(
-                self.all_reduce(torch.zeros(size, dtype=torch.uint8, device=self._device).view(torch.bfloat16))
-            )
+        for limit in (ONE_SHOT_BYTES, SYMMETRIC_BYTES, 4 * SYMMETRIC_BYTES):  # each loads its kernels
+            size = limit - limit % (_ALIGNMENT * self.ranks)
+            for dtype in (torch.bfloat16, torch.float32):
+                self.all_gather(self.all_reduce(torch.zeros(size // dtype.itemsize, dtype=dtype, device=self._device)))
         torch.cuda.synchronize(self._device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         size, x = x.nbytes, x.contiguous()
-        if self._symmetric is None or size > SYMMETRIC_BYTES or size % (_ALIGNMENT * self.ranks):
+        path = path_of(size, self.ranks)
+        if self._symmetric is None or path == "nccl":
             distributed.all_reduce(x)
             return x
         shared = self._symmetric[:size].view(x.dtype).view(x.shape)
-        if size <= ONE_SHOT_BYTES:
+        if path == "one shot":
             return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x, "sum", self._name)
         shared.copy_(x)
         return torch.ops.symm_mem.two_shot_all_reduce_out(shared, "sum", self._name, x)

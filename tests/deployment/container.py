@@ -107,6 +107,10 @@ class ContainerProcess(ServerProcess):
         """The server's number as seen from outside; inside it is 1."""
         return self.engine_pid()  # the one child
 
+    def root(self) -> Path:
+        """The container's root folder as seen from outside."""
+        return Path("/proc") / str(self.first_pid()) / "root"
+
     def terminate(self) -> None:
         """SIGTERM to process 1, as container engines send it."""
         os.kill(self.first_pid(), signal.SIGTERM)

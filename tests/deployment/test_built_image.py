@@ -62,12 +62,11 @@ def test_the_demo_answers_from_a_read_only_root_as_an_unprivileged_user(image: P
         }
         reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
         assert "Paris" in reply["choices"][0]["message"]["content"]
-        root = Path(f"/proc/{server.first_pid()}/root")
         status = Path(f"/proc/{server.first_pid()}/status").read_text()
         assert status.split("Uid:")[1].split()[0] == "10001" and status.split("CapEff:")[1].split()[0] == "0" * 16
         for folder in ("etc", "opt/stellarbyte", "usr"):
             with pytest.raises(OSError):
-                (root / folder / "written").touch()
+                (server.root() / folder / "written").touch()
         check = ("python", "/opt/stellarbyte/healthcheck.py")
         healthy = run(image, tmp_path / "probe", *check, STELLARBYTE_PORT=str(server.port))
         assert healthy.returncode == 0, healthy.stderr

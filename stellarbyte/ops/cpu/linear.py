@@ -138,7 +138,6 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
                 while first < num_tokens:
                     tile = tile_size(num_tokens - first)
                     if is_packed:
-                        is_invariant = arithmetic == INVARIANT
                         packed_product(
                             weights, scales, minima, panel + i, x, first, tile, sums[0], x_sums, is_invariant
                         )

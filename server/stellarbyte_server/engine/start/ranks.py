@@ -13,6 +13,7 @@ import torch
 
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.parallel.group import GlooGroup
@@ -157,6 +158,8 @@ def load_rank(
     quantization = settings.quantization
     try:
         packed = load_gpu_model(folder, share, group, bank, quantization)
+    except CheckpointError:  # a ValueError, too
+        raise
     except ValueError as error:
         flag = f"--tensor-parallel-size {group.ranks}"
         raise StartupError(f"{flag} cannot serve this model on GPUs: {str(error).removesuffix('.')}.") from error
