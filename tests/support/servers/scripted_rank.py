@@ -24,7 +24,7 @@ def main() -> int:
     write_message(stdout, RankLoaded())
     while (message := read_message(stdin, ToRank)) is not None:
         if isinstance(message, StartStep) and start.settings.model == "fails":
-            write_message(stdout, StepFailed("RuntimeError: as told"))
+            write_message(stdout, StepFailed("RuntimeError: as told", 0))
     return 0
 
 
