@@ -237,9 +237,7 @@ def load_ranks(settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype
     ranks, threads, device = settings.tensor_parallel_size, num_threads(settings), device_of_rank(kind.type, 0)
     torch.set_num_threads(threads)
     share = RankShare(config=folder.config, rank=0, ranks=ranks)
-    divided = (
-        "" if share.is_even else "; the model's heads are not a multiple of the ranks, so the first ones have more"
-    )
+    divided = "" if share.is_even else "; the model's heads are not a multiple of the ranks, so some have more"
     where = f"ranks of {threads} threads in plain torch" if device.type == "cpu" else "GPUs"
     logger.info("dividing the model among %d %s%s", ranks, where, divided)
     told = dataclasses.replace(

@@ -227,12 +227,12 @@ def test_pieces_of_groups_are_smaller_groups_or_refused_by_name(tmp_path: Path) 
     assert torch.equal(piece.dequantized(), matrix.dequantized()[:, 192:])
     with pytest.raises(UndividedError, match=r"8 ranks cannot divide down, .* inputs 48 to 96: groups of 128 in int4"):
         cut_matrix("down", matrix, (slice(None), slice(48, 96)), 8)
-    model = tiny_model(hidden_size=64, intermediate_size=96, num_hidden_layers=1, head_dim=32)
+    model = tiny_model(hidden_size=64, intermediate_size=96, num_hidden_layers=1, head_dim=16)
     model.save_pretrained(tmp_path)
     folder = open_model_folder(tmp_path, is_dummy=False)
     share = RankShare(config=folder.config, rank=0, ranks=2)
     with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.down_proj\.weight has 48 inputs; int4 needs a multiple of 32"
+        ValueError, match=r"layers\.0\.self_attn\.o_proj\.weight has 16 inputs; int4 needs a multiple of 32"
     ):
         load_gpu_model(folder, share, SingleRankGroup(0, 2), LoraBank(share.own_config), "int4")
 
