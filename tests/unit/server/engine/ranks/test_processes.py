@@ -1,10 +1,12 @@
 """Ranks that die, fail alone, or fail together; and a rank 0 that is killed."""
 
+import functools
 import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +39,7 @@ from stellarbyte_server.engine.ranks.messages import (
 from stellarbyte_server.engine.ranks.processes import RankLost, RankProcesses
 from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.run.step_plan import Finish, StepPlan
+from stellarbyte_server.engine.start import ranks as ranks_module
 from stellarbyte_server.engine.start.load import build_core
 from stellarbyte_server.engine.start.model_folder import open_model_folder
 from stellarbyte_server.engine.start.ranks import LoadedRanks, refuse_ranks
@@ -130,6 +133,19 @@ def test_a_rank_that_dies_while_the_ranks_meet_ends_the_start(start_group, caplo
     with pytest.raises(RankLost, match=r"^tensor-parallel rank 1 of 2 has ended \(killed by signal 9\)$"):
         group.others.while_all_live(threading.Event().wait, 60)
     assert not group.lost.is_set() and not caplog.messages
+
+
+def test_a_start_that_a_rank_ends_is_one_sentence_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(ranks_module, "RankProcesses", functools.partial(RankProcesses, module=SCRIPTED))
+    with pytest.raises(StartupError, match=r"^tensor-parallel rank 1 of 2 has ended \(exit status 3\)\.$"):
+        build_core(EngineSettings(model=str(tmp_path / "model"), device="cpu", tensor_parallel_size=2))
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_ranks_that_do_not_meet_in_time_end_the_start(start_group) -> None:
