@@ -3,15 +3,19 @@
     python -m benchmarks.gpu.engine --engine 0.6b --device cuda --folder TMP 0.6b/1 0.6b/64
 
 The core runs steps as in the engine process. Each work runs twice with different prompts: the first run compiles and
-captures kernels and is reported as `cold_s`. After a failed work the process ends, as its core may be inconsistent.
+captures kernels and is reported as `cold_s`. After a failed work the process ends, as its core may be inconsistent. It
+ends at once: to close a group of ranks that has captured graphs may take forever.
 """
 
 import argparse
 import dataclasses
 import itertools
 import logging
+import os
 import select
+import sys
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +121,7 @@ def step(core: EngineCore, run: Run) -> None:
 
 
 def prepare(core: EngineCore) -> None:
-    """Compile and capture everything that a server prepares in its first seconds."""
+    """Compile and capture everything that a server prepares in its first seconds, on all ranks."""
     while core.prepare():
         time.sleep(0.005)
 
@@ -277,4 +281,15 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    status = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as ended:  # of the command line
+        status = ended.code if isinstance(ended.code, int) else 1
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

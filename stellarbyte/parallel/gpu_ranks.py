@@ -1,57 +1,61 @@
-"""What the GPU model of a rank computes together with the others: sums, norms over all heads, logits of all tokens."""
+"""What the GPU model of a rank computes together with the others: sums, norms over all heads, logits, tokens."""
 
 import copy
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 
 from stellarbyte.ops.triton.lora import Addend
 from stellarbyte.ops.triton.paged import HeadShape
-from stellarbyte.parallel.group import AloneGroup, RankGroup
+from stellarbyte.parallel.group import RankGroup, SingleRankGroup
 from stellarbyte.parallel.shares import RankShare
+from stellarbyte.parallel.vocabulary import RankVocabulary
 
 # T tokens, C hidden size, N = (H + 2K) · D packed row q | k | v, R rows of some tokens, V vocabulary
 
 
 class GpuRanks:
-    """The ranks of a model, seen from one of them. All ranks call the same methods in the same order.
-
-    Logits have the same bits on every rank, since each rank computes those of its own tokens only and all get them.
-    """
+    """The ranks of a model, seen from one of them. All ranks call the same methods in the same order."""
 
     def __init__(self, share: RankShare, group: RankGroup) -> None:
-        shares = [RankShare(config=share.config, rank=rank, ranks=share.ranks) for rank in range(share.ranks)]
-        self.vocabulary = share.vocabulary
-        self._widths = [len(other.vocabulary) for other in shares]
-        self._config = share.config
-        self._kv_copies = share.kv_copies
+        self._share = share
         self._group = group
+        self._vocabulary = RankVocabulary(share, group)
+
+    @property
+    def vocabulary(self) -> range:
+        """Token ids of the rank's rows of embedding and head."""
+        return self._vocabulary.rows
+
+    @property
+    def num_calls(self) -> int:
+        """See `RankGroup.num_calls`."""
+        return self._group.num_calls
 
     def alone(self) -> Self:
         """The same sizes without the other ranks, for programs that run to compile their kernels or to be measured."""
         other = copy.copy(self)
-        other._group = AloneGroup(self._group.rank, self._group.ranks)
+        other._group = SingleRankGroup(self._group.rank, self._group.ranks)
+        other._vocabulary = RankVocabulary(self._share, other._group)
         return other
 
     def embed(self, token_ids_T: torch.Tensor, embedding_VC: torch.Tensor) -> torch.Tensor:
-        """[T, C] embeddings, of which the rank has the rows of `vocabulary`."""
-        places_T = token_ids_T - self.vocabulary.start
-        is_own_T = (places_T >= 0) & (places_T < len(self.vocabulary))
-        own_TC = F.embedding(places_T.where(is_own_T, 0), embedding_VC)
-        return self.sum(own_TC.where(is_own_T[:, None], 0))
+        """See `RankVocabulary.embed`."""
+        return self._vocabulary.embed(token_ids_T, embedding_VC)
 
-    def sum(self, x_TC: torch.Tensor, addend: Addend | None = None) -> torch.Tensor:
+    def gather_logits(self, own_RV: torch.Tensor, out_RV: torch.Tensor | None) -> torch.Tensor:
+        """See `RankVocabulary.gather_logits`."""
+        return self._vocabulary.gather_logits(own_RV, out_RV)
+
+    def all_reduce(self, x_TC: torch.Tensor, addend: Addend | None = None) -> torch.Tensor:
         """The sum over ranks of x and what is still to be added to it; x may change."""
         if addend is not None:
             _add(x_TC, addend)
         return self._group.all_reduce(x_TC)
 
-    def join_logits(self, own_RV: torch.Tensor, out_RV: torch.Tensor | None) -> torch.Tensor:
-        """[R, V]: the logits of all tokens, in `out_RV` if given."""
-        widest_RV = F.pad(own_RV, (0, self._widths[0] - own_RV.shape[1]))  # the first rank has the most tokens
-        pieces = zip(self._group.all_gather(widest_RV), self._widths, strict=True)
-        return torch.cat([piece_RV[:, :width] for piece_RV, width in pieces], dim=1, out=out_RV)
+    def of_first_rank(self, tokens_R: torch.Tensor) -> torch.Tensor:
+        """The tokens that rank 0 has sampled, where the ranks' own could differ."""
+        return self._group.all_gather(tokens_R)[0]
 
     def norm_projections(
         self, qkv_TN: torch.Tensor, norm_N: torch.Tensor, heads: HeadShape, eps: float, addend: Addend | None
@@ -63,8 +67,9 @@ class GpuRanks:
         parts = qkv_TN.split([num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], dim=1)[:2]
         sums_T2 = torch.stack([part_TN.float().pow(2).sum(1) for part_TN in parts], dim=1)
         sums_T2 = self._group.all_reduce(sums_T2)
-        assert self._config.num_key_value_heads is not None
-        totals = (self._config.num_attention_heads, self._config.num_key_value_heads * self._kv_copies)
+        config = self._share.config
+        assert config.num_key_value_heads is not None
+        totals = (config.num_attention_heads, config.num_key_value_heads * self._share.kv_copies)
         weights = norm_N.split([part_TN.shape[1] for part_TN in parts])
         for part_TN, weight_N, sum_T, total in zip(parts, weights, sums_T2.unbind(1), totals, strict=True):
             factor_T1 = torch.rsqrt(sum_T / (total * head_dim) + eps)[:, None]

@@ -19,8 +19,9 @@ from stellarbyte.model.moe.layer import ByteMoE
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.parallel.group import RankGroup
 from stellarbyte.parallel.shares import RankShare
+from stellarbyte.parallel.vocabulary import RankVocabulary
 
-# T tokens, R rows of some of them, C hidden size, V vocabulary, N rows sorted by expert, E experts
+# T tokens, R rows of some of them, C hidden size, N rows sorted by expert, E experts
 
 
 class VocabularyEmbedding(nn.Module):
@@ -28,15 +29,11 @@ class VocabularyEmbedding(nn.Module):
 
     def __init__(self, share: RankShare, group: RankGroup) -> None:
         super().__init__()
-        self.rows = share.vocabulary
-        self.weight = nn.Parameter(torch.empty(len(self.rows), share.config.hidden_size))
-        self._group = group
+        self.weight = nn.Parameter(torch.empty(len(share.vocabulary), share.config.hidden_size))
+        self._vocabulary = RankVocabulary(share, group)
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        places_T = token_ids_T - self.rows.start
-        is_own_T = (places_T >= 0) & (places_T < len(self.rows))
-        own_TC = F.embedding(places_T.where(is_own_T, 0), self.weight).where(is_own_T[:, None], 0)
-        return self._group.all_reduce(own_TC)
+        return self._vocabulary.embed(token_ids_T, self.weight)
 
 
 class VocabularyHead(nn.Module):
@@ -44,16 +41,11 @@ class VocabularyHead(nn.Module):
 
     def __init__(self, share: RankShare, group: RankGroup) -> None:
         super().__init__()
-        shares = [RankShare(config=share.config, rank=rank, ranks=share.ranks) for rank in range(share.ranks)]
-        self.widths = [len(other.vocabulary) for other in shares]
         self.weight = nn.Parameter(torch.empty(len(share.vocabulary), share.config.hidden_size))
-        self._group = group
+        self._vocabulary = RankVocabulary(share, group)
 
     def forward(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        own_RV = F.linear(hidden_RC, self.weight)
-        widest = F.pad(own_RV, (0, max(self.widths) - own_RV.shape[1]))
-        pieces = zip(self._group.all_gather(widest), self.widths, strict=True)
-        return torch.cat([piece_RV[:, :width] for piece_RV, width in pieces], dim=1)
+        return self._vocabulary.gather_logits(F.linear(hidden_RC, self.weight))
 
 
 class RankExperts(ByteExperts):

@@ -2,7 +2,9 @@
 
 Query heads, inner widths, experts and the vocabulary are divided (Shoeybi et al. 2019, "Megatron-LM"). A rank has whole
 groups of query heads with their key-value head; where there are fewer key-value heads than ranks, several ranks have a
-copy of one. Where a size is not a multiple of the ranks, the first ranks hold more than the others.
+copy of one. Inner widths are divided in whole groups of 32 channels where there are enough of them, as kernels and
+quantized matrices want them. Where the ranks cannot have equally many of something, some have one more than others, the
+first rank among them.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.parts import Part, layer_parts, module_path, parameter_name
 
 Index = tuple[slice, ...]  # of the first dimensions of a parameter
+CHANNELS = 32
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -20,9 +23,16 @@ class UndividedError(ValueError):
 
 
 def span(total: int, rank: int, ranks: int) -> range:
-    """The numbers of 0..total that belong to a rank: neighbours, and at most one more than other ranks have."""
+    """The numbers of 0..total that belong to a rank: neighbours, and at most one more than other ranks have. No rank
+    has more than the first."""
     start, stop = (-(-total * number // ranks) for number in (rank, rank + 1))
     return range(start, stop)
+
+
+def own_width(total: int, rank: int, ranks: int) -> int:
+    """How many of a layer's inner channels a rank has."""
+    unit = CHANNELS if total % CHANNELS == 0 and total // CHANNELS >= ranks else 1
+    return unit * len(span(total // unit, rank, ranks))
 
 
 def refuse_undivided(config: ByteModelConfig, ranks: int) -> None:
@@ -150,9 +160,9 @@ class RankShare:
             own_heads = own_kv_heads * (num_heads // num_kv_heads)
         changes = {"num_attention_heads": own_heads, "num_key_value_heads": own_kv_heads}
         if None in config.expert_layers:
-            changes["intermediate_size"] = len(span(config.intermediate_size, rank, ranks))
+            changes["intermediate_size"] = own_width(config.intermediate_size, rank, ranks)
         if config.shared_expert_intermediate_size:
-            changes["shared_expert_intermediate_size"] = len(span(config.shared_expert_intermediate_size, rank, ranks))
+            changes["shared_expert_intermediate_size"] = own_width(config.shared_expert_intermediate_size, rank, ranks)
         return ByteModelConfig.from_dict(config.to_dict() | changes)
 
 

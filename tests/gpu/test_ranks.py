@@ -1,6 +1,5 @@
 """Ranks on several cards against one card: whole engines of one process and of two, from the same files."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ if torch.cuda.device_count() < 2:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.checkpoint.convert import convert
+from stellarbyte.parallel.peers import why_no_peer_memory
 from stellarbyte_server.config.settings import EngineSettings
-from stellarbyte_server.engine.core import EngineCore
-from stellarbyte_server.engine.run.runner import PlanRunner
-from stellarbyte_server.engine.start.load import build_core
-from stellarbyte_server.protocol.messages import Delta, merged
+from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.engines.engine import make_request
-from tests.support.engines.engine_core import drain
+from tests.support.gpu.engine_process import run_engine
 from tests.support.models import oracle
 from tests.support.models.adapters import write_adapter
 from tests.support.models.byte_transformer import make_model
@@ -36,31 +33,17 @@ CASES: dict[str, dict[str, Any]] = {
     "biases": {"use_xpos": False, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
 }
 
-Start = Callable[..., EngineCore]
 
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Engines; the ranks of each end with the test."""
-    started: list[EngineCore] = []
-
-    def start_core(folder: Path, ranks: int, **flags: Any) -> EngineCore:
-        settings = EngineSettings(
-            model=str(folder / "model"), device="cuda", tensor_parallel_size=ranks, max_model_len=1024,
-            kv_cache_memory=2**28, max_num_seqs=16, max_num_batched_tokens=2048, **flags,
-        )  # fmt: skip
-        core, _ = build_core(settings)
-        started.append(core)
-        return core
-
-    yield start_core
-    for core in started:
-        assert isinstance(core.runner, PlanRunner)
-        close = getattr(core.runner.executor, "close", None)
-        if close is not None:
-            close()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def engine_answers(folder: Path, ranks: int, *batches: list[GenerationRequest], **flags: Any) -> list[list[Delta]]:
+    """Of an engine in a process of its own; several ranks must use symmetric memory where the GPUs can share memory."""
+    settings = EngineSettings(
+        model=str(folder / "model"), device="cuda", tensor_parallel_size=ranks, max_model_len=1024,
+        kv_cache_memory=2**28, max_num_seqs=16, max_num_batched_tokens=2048, **flags,
+    )  # fmt: skip
+    found = run_engine(folder, settings, *batches)
+    if ranks > 1 and not why_no_peer_memory(0, ranks):
+        assert not [line for line in found.log if "no symmetric memory" in line]
+    return found.batches
 
 
 def save(folder: Path, **changes: Any) -> Any:
@@ -76,29 +59,25 @@ def request(number: int, length: int = 40, **fields: Any) -> GenerationRequest:
     return make_request(prompt, told.pop("max_tokens", 40), request_id=str(number), **told)
 
 
-def answers(core: EngineCore, requests: list[GenerationRequest]) -> list[Delta]:
-    said = drain(core, *requests, limit_s=300)
-    return [merged([item for item in said[r.request_id] if isinstance(item, Delta)]) for r in requests]
-
-
 REQUESTS = [request(0), request(1, 700), request(2, temperature=0.8, top_p=0.9), request(3, repetition_penalty=1.2)]
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=list(CASES))
-def test_answers_have_the_probabilities_of_the_oracle(start: Start, changes: dict[str, Any], tmp_path: Path) -> None:
-    """In float32: within graphs, alone and in a batch, with a prompt whose sums go in two shots; the second time from
-    the prefix cache."""
+def test_answers_have_the_probabilities_of_the_oracle(changes: dict[str, Any], tmp_path: Path) -> None:
+    """In float32: eagerly and within graphs, alone and in a batch, with a prompt whose sums go in two shots; the second
+    time from the prefix cache."""
     model = save(tmp_path, **changes)
-    core = start(tmp_path, 2, dtype="float32")
-    for requests in (REQUESTS[:1], REQUESTS, REQUESTS):
-        for asked, answer in zip(requests, answers(core, requests), strict=True):
+    batches = [REQUESTS[:1], REQUESTS, REQUESTS]
+    found = engine_answers(tmp_path, 2, *batches, dtype="float32")
+    for requests, answers in zip(batches, found, strict=True):
+        for asked, answer in zip(requests, answers, strict=True):
             tokens = [*asked.prompt_token_ids, *answer.token_ids]
             expected = oracle.logprobs(model.state_dict(), model.config, tokens)
             for place, told in enumerate(answer.logprobs, len(asked.prompt_token_ids) - 1):
                 assert abs(told.logprob - expected[place, told.token_id]) <= 2e-3
 
 
-def test_adapters_are_cut_alike(start: Start, tmp_path: Path) -> None:
+def test_adapters_are_cut_alike(tmp_path: Path) -> None:
     """Plain ones, one with DoRA, and one with a head, in one batch; tokens are those of one card."""
     model = save(tmp_path)
     write_adapter(tmp_path / "adapters" / "plain", model, seed=1)
@@ -107,13 +86,14 @@ def test_adapters_are_cut_alike(start: Start, tmp_path: Path) -> None:
     requests = [request(i, adapter=name) for i, name in enumerate(("plain", "dora", "head", None))]
     told = []
     for ranks in (1, 2):
-        core = start(tmp_path, ranks, dtype="float32", adapter_dir=str(tmp_path / "adapters"), max_loras=4)
-        told.append([list(answer.token_ids) for answer in answers(core, requests)])
+        flags = {"dtype": "float32", "adapter_dir": str(tmp_path / "adapters"), "max_loras": 4}
+        (answers,) = engine_answers(tmp_path, ranks, requests, **flags)
+        told.append([list(answer.token_ids) for answer in answers])
     assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("form", ["none", "int8", "fp8", "int4", "awq", "compressed-tensors W8A8"])
-def test_forms_of_weights_are_near_those_of_one_card(start: Start, form: str, tmp_path: Path) -> None:
+def test_forms_of_weights_are_near_those_of_one_card(form: str, tmp_path: Path) -> None:
     """In bfloat16: the log-probability of the same prompt, token by token."""
     flags = {"quantization": form} if form in ("int8", "fp8", "int4") else {}
     if form == "none" or flags:
@@ -121,8 +101,8 @@ def test_forms_of_weights_are_near_those_of_one_card(start: Start, form: str, tm
     else:
         convert(write_quantized(tmp_path, form)[0], tmp_path / "model")
     asked = make_request([i * 5 % 90 + 1 for i in range(60)], 1, prompt_logprobs=0, ignore_eos=True)
-    told = [
-        torch.tensor([each.logprob for each in answers(start(tmp_path, ranks, **flags), [asked])[0].prompt_logprobs])
-        for ranks in (1, 2)
-    ]
+    told = []
+    for ranks in (1, 2):
+        ((answer,),) = engine_answers(tmp_path, ranks, [asked], **flags)
+        told.append(torch.tensor([each.logprob for each in answer.prompt_logprobs]))
     assert (told[0] - told[1]).abs().mean() <= 0.05

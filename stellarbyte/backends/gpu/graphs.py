@@ -15,11 +15,15 @@ class Graphs:
     `note_compiled`; on a device other than CUDA every run is eager.
 
     The current stream must not be the default one, which cannot be captured.
+
+    Attributes:
+        num_runs: of programs, also of those that failed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._captures = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self.num_runs = 0
         self._compiled: set[Hashable] = set()  # programs with compiled kernels
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
 
@@ -32,6 +36,7 @@ class Graphs:
         It is captured after its first run, or with `will_recur` False before its second: a capture takes as long as
         several launches.
         """
+        self.num_runs += 1
         if not self._captures:
             return program()
         if key not in self._compiled:

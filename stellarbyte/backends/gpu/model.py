@@ -161,7 +161,7 @@ class TritonModel:
         if self.ranks is None:
             logits_RV = self._apply(hidden_RC, self.head_weight, out)
         else:
-            logits_RV = self.ranks.join_logits(self._apply(hidden_RC, self.head_weight), out)
+            logits_RV = self.ranks.gather_logits(self._apply(hidden_RC, self.head_weight), out)
         if adapters is not None:
             add_logits(logits_RV, hidden_RC, adapters, self.bank)
         if self.config.logits_multiplier != 1 or self.config.logits_softcap is not None:
@@ -355,7 +355,7 @@ class TritonModel:
 
     def _sum(self, out_TC: torch.Tensor, addend: Addend | None) -> tuple[torch.Tensor, Addend | None]:
         """The output of a branch and what is still to be added to it, after the sum over ranks."""
-        return (out_TC, addend) if self.ranks is None else (self.ranks.sum(out_TC, addend), None)
+        return (out_TC, addend) if self.ranks is None else (self.ranks.all_reduce(out_TC, addend), None)
 
     def _project(
         self, x_TK: torch.Tensor, weight: PackedWeight, layer: int, source: str, adapters: Adapters | None

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
@@ -58,13 +59,41 @@ def _segment_counts(rows: int) -> list[int]:
     return counts
 
 
+class CaptureOrder(Protocol):
+    """How one of several ranks captures the same programs as the others, at the same place in the order of steps.
+
+    A collective must run as part of a graph on all ranks or on none. So no rank's graphs may depend on how fast its own
+    thread compiles.
+    """
+
+    leads: bool
+    """Whether this rank decides when all ranks capture their next program."""
+
+    def note_compiled(self) -> None:
+        """One more program is compiled on this rank. Compiler thread."""
+        ...
+
+    def note_failed(self) -> None:
+        """This rank compiles no more programs. Compiler thread."""
+        ...
+
+    def may_capture(self) -> bool | None:
+        """Whether this rank captures its next program now, as all others do; None: a rank will never have compiled it.
+        Engine thread only."""
+        ...
+
+
 class Preparation:
     """The background thread, and the captures that the engine's thread takes over."""
 
-    def __init__(self, steps: Steps, rehearsal: Steps) -> None:
-        """Prepares `steps` by running `rehearsal`: the same model and rows, with unused slots and cache."""
+    def __init__(self, steps: Steps, rehearsal: Steps, order: CaptureOrder | None = None) -> None:
+        """Prepares `steps` by running `rehearsal`: the same model and rows, with unused slots and cache.
+
+        `order`: with other ranks; None: this process computes alone.
+        """
         self._steps = steps
         self._rehearsal: Steps | None = rehearsal
+        self._order = order
         self._compiled: deque[Decoding | Prefill] = deque()
         self._thread = threading.Thread(target=self._compile, name="compiler", daemon=True)
         self._stopping = threading.Event()
@@ -88,11 +117,26 @@ class Preparation:
     def is_done(self) -> bool:
         return not self._compiled and not self._thread.is_alive()
 
+    @property
+    def is_led(self) -> bool:
+        """Whether another rank decides when this one captures."""
+        return self._order is not None and not self._order.leads
+
     def capture_next(self) -> bool:
-        """Capture one program, if one is ready; returns whether more may follow. Engine thread only."""
+        """Capture one program, if one is ready; returns whether more may follow. Engine thread only.
+
+        A program that could not be captured is captured when a step first needs it.
+        """
         if self._compiled:
-            with torch.inference_mode():
-                self._steps.capture(self._compiled.popleft())
+            may_capture = True if self._order is None else self._order.may_capture()
+            if may_capture:
+                key = self._compiled.popleft()
+                self._steps.note_compiled(key)
+                with torch.inference_mode():
+                    self._steps.capture(key)
+            elif may_capture is None:
+                self._has_failed = True
+                self._compiled.clear()
         is_done = self.is_done  # read once: the thread may end meanwhile
         if is_done and not self._has_failed:
             logger.info("kernels are ready after %.1f s", time.monotonic() - self._started_s)
@@ -104,12 +148,16 @@ class Preparation:
         except Exception:
             self._has_failed = True
             logger.exception("not all kernels could be prepared; the others are compiled on first use")
+            if self._order is not None:
+                self._order.note_failed()
 
     def run_all(self) -> None:
         """Run every program on the calling thread, on a separate stream."""
         rehearsal, self._rehearsal = self._rehearsal, None
         assert rehearsal is not None, "run_all must be called once"
         device = rehearsal.model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a new thread's is the first one, of which other ranks need all memory
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(stream):
             for key in usual_programs(rehearsal):
@@ -117,7 +165,10 @@ class Preparation:
                     break
                 rehearsal.run_program(key)
                 if isinstance(key, Decoding) or key.shape.tokens <= MAX_PADDED_TOKENS:
-                    self._steps.note_compiled(key)
+                    if self._order is None:
+                        self._steps.note_compiled(key)
                     self._compiled.append(key)
+                    if self._order is not None:  # after it is there, as the order to capture it may come at once
+                        self._order.note_compiled()
             if stream is not None:
                 stream.synchronize()

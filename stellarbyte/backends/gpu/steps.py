@@ -141,6 +141,13 @@ class Steps:
                 self._lora_scratch = LoraScratch.make(most_rows, max_rank, device)
                 self._side_stream = SideStream(model.bank, max_rows)
 
+    @property
+    def position(self) -> int:
+        """Grows with every program and every collective. Ranks between steps that have launched the same of them have
+        the same number."""
+        ranks = self.model.ranks
+        return self._graphs.num_runs + (0 if ranks is None else ranks.num_calls)
+
     # Sequences that decode
 
     def decode(self, num_rows: int, *, num_segments: int, truncates: bool, beyond_plain: bool = False) -> Computed:
@@ -168,7 +175,7 @@ class Steps:
         first_token = 0 if model.ranks is None else model.ranks.vocabulary.start
         begin_decode(memory, model.embedding_VC, positions_B, fields_BF, x_BC, model.embedding_multiplier, first_token)
         if model.ranks is not None:
-            x_BC = model.ranks.sum(x_BC)
+            x_BC = model.ranks.all_reduce(x_BC)
         rows = PagedRows(positions_B, memory.rows_B[:count], memory.tables_SE)
         lora = None
         if segments:

@@ -35,12 +35,14 @@ class ThreadGroup:
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.rank = rank
         self.ranks = len(meeting.tensors)
+        self.num_calls = 0
         self._meeting = meeting
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.all_gather(x)).sum(dim=0)
 
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self.num_calls += 1
         self._meeting.tensors[self.rank] = x
         self._meeting.barrier.wait()
         gathered = [tensor.clone() for tensor in self._meeting.tensors]

@@ -1,4 +1,5 @@
-"""A rank that computes nothing: it follows the real protocol, and its steps fail as its first message says.
+"""A rank that computes nothing: it follows the real protocol, and its steps fail as its first message says. When it
+should meet the others, it ends with status 3.
 
 `RankStart.settings.model`: "fails" or "serves".
 """
@@ -7,6 +8,7 @@ import os
 import sys
 
 from stellarbyte_server.engine.ranks.messages import (
+    Connect,
     RankLoaded,
     RankStart,
     StartStep,
@@ -23,8 +25,10 @@ def main() -> int:
     assert isinstance(start, RankStart)
     write_message(stdout, RankLoaded())
     while (message := read_message(stdin, ToRank)) is not None:
+        if isinstance(message, Connect):
+            return 3
         if isinstance(message, StartStep) and start.settings.model == "fails":
-            write_message(stdout, StepFailed("RuntimeError: as told"))
+            write_message(stdout, StepFailed("RuntimeError: as told", 0))
     return 0
 
 

@@ -6,16 +6,31 @@ import pytest
 import torch
 
 from stellarbyte.checkpoint.shapes import expected_shapes
-from stellarbyte.parallel.shares import RankShare, UndividedError, possible_ranks, refuse_undivided, span
+from stellarbyte.parallel.shares import RankShare, UndividedError, own_width, possible_ranks, refuse_undivided, span
 from tests.support.models.byte_transformer import EXPERT_VARIANTS, EXPERTS, VARIANTS, make_config
 
 
-@pytest.mark.parametrize(("total", "ranks"), [(9, 2), (3, 2), (97, 4), (7, 7), (8, 3)])
+@pytest.mark.parametrize(("total", "ranks"), [(7, 5), (9, 2), (3, 2), (97, 4), (7, 7), (8, 3)])
 def test_spans_are_neighbours_of_nearly_one_size_and_the_first_is_the_largest(total: int, ranks: int) -> None:
     spans = [span(total, rank, ranks) for rank in range(ranks)]
     assert [number for own in spans for number in own] == list(range(total))
-    assert len(spans[0]) == math.ceil(total / ranks)
+    assert len(spans[0]) == max(map(len, spans)) == math.ceil(total / ranks)
     assert min(map(len, spans)) == total // ranks
+
+
+@pytest.mark.parametrize(
+    ("total", "widths"),
+    [
+        (11008, [2752] * 4),  # as without groups
+        (96, [32, 32, 32]),
+        (160, [64, 64, 32]),
+        (1376, [480, 448, 448]),
+        (64, [22, 21, 21]),  # too few groups
+        (100, [34, 33, 33]),  # no groups
+    ],
+)
+def test_inner_channels_are_divided_in_groups_of_32_where_there_are_enough(total: int, widths: list[int]) -> None:
+    assert [own_width(total, rank, len(widths)) for rank in range(len(widths))] == widths
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -1,5 +1,7 @@
 """The adapters of all ranks: each has its part of them, in the same slots."""
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank, PackedAdapter
 from stellarbyte.parallel.adapters import cut_adapter
 from stellarbyte.parallel.shares import RankShare
-from stellarbyte_server.engine.ranks.messages import ClearSlot, FillSlot, PackedTensor, SlotFilled
+from stellarbyte_server.engine.ranks.messages import AdapterBytes, ClearSlot, FillSlot, SlotFilled
 from stellarbyte_server.engine.ranks.processes import RankProcesses
+
+_PIECE_BYTES = 256 * 2**10
 
 
 class RanksBank:
@@ -39,6 +43,9 @@ class RanksBank:
             RuntimeError: a rank could not take it.
         """
         parts = [cut_adapter(adapter, share) for share in self._shares]
+        contents = [_bytes_of(part) for part in parts[1:]]
+        for pieces in itertools.zip_longest(*contents):  # steps are sent between them
+            self._others.send_each([None if piece is None else AdapterBytes(piece) for piece in pieces])
         self._others.send_each([fill_message(slot, part) for part in parts[1:]])
         try:
             self._own.fill(slot, parts[0], fence)
@@ -56,29 +63,37 @@ class RanksBank:
 def fill_message(slot: int, adapter: PackedAdapter) -> FillSlot:
     return FillSlot(
         slot=slot,
-        numbers=_message_of(adapter.numbers),
+        num_numbers=adapter.numbers.numel(),
         adapter_ranks=adapter.ranks_LP.tolist(),
         has_factors=adapter.has_factors_LP.tolist(),
-        replaced={name: _message_of(matrix) for name, matrix in adapter.replaced.items()},
+        replaced={name: (matrix.shape[0], matrix.shape[1]) for name, matrix in adapter.replaced.items()},
     )
 
 
-def adapter_of(message: FillSlot, dtype: torch.dtype) -> PackedAdapter:
-    """The adapter in a message."""
+def adapter_of(message: FillSlot, content: Sequence[memoryview], dtype: torch.dtype) -> PackedAdapter:
+    """The adapter of a message, whose bytes were received in these pieces."""
+    sizes = [message.num_numbers, *(rows * columns for rows, columns in message.replaced.values())]
+    joined: torch.Tensor = torch.empty(sum(sizes), dtype=dtype)
+    target: Any = joined.view(torch.uint8).numpy()
+    start = 0
+    for piece in content:
+        target[start : start + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+        start += len(piece)
+    assert start == len(target), "all bytes of an adapter come before its message"
+    numbers, *matrices = joined.split(sizes)
     return PackedAdapter(
-        numbers=_tensor_of(message.numbers, dtype),
+        numbers=numbers,
         ranks_LP=np.array(message.adapter_ranks, dtype=np.int64),
         has_factors_LP=np.array(message.has_factors, dtype=np.bool_),
-        replaced={name: _tensor_of(matrix, dtype) for name, matrix in message.replaced.items()},
+        replaced={
+            name: matrix.view(shape) for (name, shape), matrix in zip(message.replaced.items(), matrices, strict=True)
+        },
     )
 
 
-def _message_of(tensor: torch.Tensor) -> PackedTensor:
-    content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return PackedTensor(numbers=content.tobytes(), shape=tuple(tensor.shape))
-
-
-def _tensor_of(message: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
-    if not message.numbers:
-        return torch.empty(message.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(message.numbers), dtype=dtype).view(message.shape)
+def _bytes_of(adapter: PackedAdapter) -> Iterator[memoryview]:
+    """The bytes that `adapter_of` takes, in small pieces and without a copy."""
+    for tensor in (adapter.numbers, *adapter.replaced.values()):
+        content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        for start in range(0, len(content), _PIECE_BYTES):
+            yield memoryview(content[start : start + _PIECE_BYTES])

@@ -14,12 +14,17 @@ class RankStart(msgspec.Struct, frozen=True, tag="start"):
 
     settings: EngineSettings
     rank: int
-    store: str  # path by which the ranks find each other
     num_threads: int
 
 
+class Connect(msgspec.Struct, frozen=True, tag="connect"):
+    """All ranks have loaded their model: they meet now."""
+
+    store: str  # path by which they find each other
+
+
 class ServeCache(msgspec.Struct, frozen=True, tag="cache"):
-    """What is served and in how much cache, once all ranks have loaded their model."""
+    """What is served and in how much cache, once all ranks have met."""
 
     max_model_len: int
     num_blocks: int
@@ -43,26 +48,35 @@ class Recover(msgspec.Struct, frozen=True, tag="recover"):
     """A step has failed on all ranks; see `Executor.recover`."""
 
 
-class PackedTensor(msgspec.Struct, frozen=True):
-    numbers: bytes  # in the bank's dtype
-    shape: tuple[int, ...]
+class Capture(msgspec.Struct, frozen=True, tag="capture"):
+    """Capture the next program, which all ranks have compiled. No step is in flight."""
+
+
+class AdapterBytes(msgspec.Struct, frozen=True, tag="bytes"):
+    """The next bytes of the rank's part of an adapter: its numbers, then the matrices that it replaces, in the bank's
+    dtype. Few, so that no step waits long until they are written."""
+
+    content: memoryview
 
 
 class FillSlot(msgspec.Struct, frozen=True, tag="fill"):
-    """The rank's part of an adapter, for a slot of its bank; see `PackedAdapter`."""
+    """The rank's part of an adapter, whose bytes were sent, for a slot of its bank; see `PackedAdapter`."""
 
     slot: int
-    numbers: PackedTensor
+    num_numbers: int
     adapter_ranks: list[list[int]]  # [L][P]
     has_factors: list[list[bool]]  # [L][P]
-    replaced: dict[str, PackedTensor]
+    replaced: dict[str, tuple[int, int]]  # shapes
 
 
 class ClearSlot(msgspec.Struct, frozen=True, tag="clear"):
     slot: int
 
 
-ToRank = RankStart | ServeCache | StartStep | FinishStep | ReadStep | Recover | FillSlot | ClearSlot
+ToRank = (
+    RankStart | Connect | ServeCache | StartStep | FinishStep | ReadStep | Recover | Capture | AdapterBytes | FillSlot
+    | ClearSlot
+)  # fmt: skip
 
 
 class RankLoaded(msgspec.Struct, frozen=True, tag="loaded"):
@@ -70,13 +84,25 @@ class RankLoaded(msgspec.Struct, frozen=True, tag="loaded"):
 
 
 class RankMeasured(msgspec.Struct, frozen=True, tag="measured"):
-    """The rank has met the others."""
+    """The rank has met the others.
 
-    cache_bytes: int  # that it has for its part of the cache
+    Attributes:
+        cache_bytes: that it has for its part of the cache.
+        no_symmetric_memory: why it has none; "": it has, or needs none.
+    """
+
+    cache_bytes: int
+    no_symmetric_memory: str = ""
 
 
 class RankServes(msgspec.Struct, frozen=True, tag="serves"):
     """The rank has its cache and takes plans."""
+
+
+class RankCompiled(msgspec.Struct, frozen=True, tag="compiled"):
+    """The rank can capture one more program, or will never be able to."""
+
+    has_failed: bool = False
 
 
 class RankRefused(msgspec.Struct, frozen=True, tag="refused"):
@@ -90,12 +116,17 @@ class SlotFilled(msgspec.Struct, frozen=True, tag="filled"):
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """A step has raised an error, which rank 0 should have seen as well."""
+    """A step has raised an error, which rank 0 should have seen as well.
+
+    Attributes:
+        position: see `RankExecutor.position`, afterwards.
+    """
 
     error: str
+    position: int
 
 
-FromRank = RankLoaded | RankMeasured | RankServes | RankRefused | SlotFilled | StepFailed
+FromRank = RankLoaded | RankMeasured | RankServes | RankCompiled | RankRefused | SlotFilled | StepFailed
 
 _LENGTH = struct.Struct("<Q")
 _T = TypeVar("_T")

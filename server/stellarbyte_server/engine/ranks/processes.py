@@ -1,12 +1,13 @@
 """The processes of ranks 1, 2 ..., from rank 0: started, spoken to, and watched."""
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from stellarbyte_server.engine.ranks.messages import (
@@ -24,6 +25,8 @@ logger = logging.getLogger("server.engine")
 RANK_MODULE = "stellarbyte_server.engine.start.rank_process"
 # After an error of a step, all other ranks should report theirs within this time.
 AGREE_LIMIT_S = 10.0
+END_LIMIT_S = 30.0
+_NOTICE_S = 1.0  # after a rank's connections are closed, until its end is seen
 
 _T = TypeVar("_T")
 
@@ -54,6 +57,7 @@ class RankProcesses:
         self._on_lost = on_lost
         self._said: list[list[FromRank | RankLost]] = [[] for _ in starts]  # by rank - 1, not yet taken
         self._news = threading.Condition()
+        self._next = threading.Lock()  # held by the thread that writes next; one that writes again comes after it
         self._writing = threading.Lock()
         self._is_serving = False
         self._is_closed = False
@@ -76,15 +80,25 @@ class RankProcesses:
 
     def send(self, message: ToRank) -> None:
         """To every rank. Any thread."""
-        with self._writing:
+        with self._turn():
             for number in range(len(self._processes)):
                 self._write(number, message)
 
-    def send_each(self, messages: Sequence[ToRank]) -> None:
-        """One message to each rank. Any thread."""
-        with self._writing:
+    def send_each(self, messages: Sequence[ToRank | None]) -> None:
+        """One message to each rank, or none. Any thread."""
+        with self._turn():
             for number, message in enumerate(messages):
-                self._write(number, message)
+                if message is not None:
+                    self._write(number, message)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._next:
+            self._writing.acquire()
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     def answers(self, kind: type[_T], limit_s: float | None = None) -> list[_T]:
         """Wait for a message of this kind from every rank, and take it.
@@ -94,15 +108,66 @@ class RankProcesses:
         """
         deadline_s = None if limit_s is None else time.monotonic() + limit_s
         with self._news:
-            while True:
+            while (taken := self.answered(kind)) is None:
                 found = [self._first(kind, all_said) for all_said in self._said]
-                if None not in found:
-                    return [self._said[i].pop(place) for i, place in enumerate(found)]  # type: ignore
                 left_s = None if deadline_s is None else deadline_s - time.monotonic()
                 if left_s is not None and left_s <= 0:
                     silent = found.index(None) + 1
                     raise RankLost(f"tensor-parallel rank {silent} of {self.ranks} has not answered for {limit_s:g} s")
                 self._news.wait(left_s)
+            return taken
+
+    def answered(self, kind: type[_T]) -> list[_T] | None:
+        """Take a message of this kind from every rank, without waiting; None: some have sent none.
+
+        Raises:
+            RankLost: a rank has ended.
+        """
+        with self._news:
+            found = [self._first(kind, all_said) for all_said in self._said]
+            if None in found:
+                return None
+            return [self._said[i].pop(place) for i, place in enumerate(found)]  # type: ignore
+
+    def while_all_live(self, work: Callable[[], None], limit_s: float) -> None:
+        """Do work that waits for the other ranks, on a thread, which is left alone if it does not end.
+
+        Raises:
+            RankLost: a rank has ended meanwhile or could not start, or the limit has passed.
+            Exception: what the work raises, unless a rank has ended, of which that may come.
+        """
+        ended: list[Exception | None] = []
+
+        def run() -> None:
+            failure = None
+            try:
+                work()
+            except Exception as error:
+                failure = error
+            with self._news:
+                ended.append(failure)
+                self._news.notify_all()
+
+        threading.Thread(target=run, name="connect", daemon=True).start()
+        with self._news:
+            in_time = self._news.wait_for(lambda: ended or self._has_lost(), limit_s)
+            if ended and ended[0] is not None:  # often, since a rank has ended, which is known soon
+                self._news.wait_for(self._has_lost, _NOTICE_S)
+            self._raise_lost()
+        if not in_time:
+            raise RankLost(f"the {self.ranks} tensor-parallel ranks have not met within {limit_s:g} s")
+        if ended[0] is not None:
+            raise ended[0]
+
+    def _has_lost(self) -> bool:
+        return any(isinstance(said, RankLost) for all_said in self._said for said in all_said)
+
+    def _raise_lost(self) -> None:
+        """The first rank that has ended. `_news` is held."""
+        for all_said in self._said:
+            for said in all_said:
+                if isinstance(said, RankLost):
+                    raise said
 
     @staticmethod
     def _first(kind: type[_T], all_said: list[FromRank | RankLost]) -> int | None:
@@ -119,10 +184,7 @@ class RankProcesses:
     def serve(self) -> None:
         """From now on the end of a rank is the end of the group. Raises RankLost: one has ended already."""
         with self._news:
-            for all_said in self._said:
-                for said in all_said:
-                    if isinstance(said, RankLost):
-                        raise said
+            self._raise_lost()
             self._is_serving = True
 
     def close(self) -> None:
@@ -135,7 +197,11 @@ class RankProcesses:
             except BrokenPipeError:
                 pass
         for process, reader in zip(self._processes, self._readers, strict=True):
-            process.wait()
+            try:
+                process.wait(END_LIMIT_S)
+            except subprocess.TimeoutExpired:  # its threads hang in a library
+                process.kill()
+                process.wait()
             reader.join()
 
     def _write(self, number: int, message: ToRank) -> None:

@@ -39,11 +39,20 @@ class ExecutorSlot:
         """Whether the prompt's hidden states are needed for more than the next token."""
         return self.sampling.prompt_logprobs is not None or self.begin.pooling is not None
 
-    def read_prompt(self, result: StepResult, row: int, model: Head, start: int, chunk_TC: torch.Tensor) -> None:
-        """Add the requested results from a chunk's hidden states."""
+    def read_prompt(
+        self,
+        result: StepResult,
+        row: int,
+        model: Head,
+        start: int,
+        chunk_TC: torch.Tensor,
+        rows_at_once: int | None = None,
+    ) -> None:
+        """Add the requested results from a chunk's hidden states; `rows_at_once` is that of `prompt_logprobs`."""
         if self.sampling.prompt_logprobs is not None:
             following = self.tokens[start + 1 : min(start + len(chunk_TC) + 1, self.begin.num_prompt)].tolist()
-            result.prompt_logprobs[row] = prompt_logprobs(model, chunk_TC, following, self.sampling.prompt_logprobs)
+            num_top = self.sampling.prompt_logprobs
+            result.prompt_logprobs[row] = prompt_logprobs(model, chunk_TC, following, num_top, rows_at_once)
         if self.begin.pooling == "logits":
             result.pooled[row] = last_logits(model, chunk_TC)
         elif self.begin.pooling is not None:

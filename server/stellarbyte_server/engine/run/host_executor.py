@@ -20,6 +20,7 @@ class HostExecutor:
 
     num_steps_ahead = 0
     takes_drafts = True
+    position = 0
 
     def __init__(self, model: ServedModel, cache: PagedKVCache, layout: CacheLayout) -> None:
         self.model = model

@@ -49,14 +49,23 @@ def add_logprobs(
         result.logprobs.setdefault(rows[i], []).append(TokenLogprob(tokens[i], *entry))
 
 
-def prompt_logprobs(model: Head, chunk_TC: torch.Tensor, following: list[int], num_top: int) -> list[TokenLogprob]:
-    """Log-probabilities of the tokens in `following`, each after a chunk's token."""
-    if not following:
-        return []
-    logits_TV = model.head(chunk_TC[: len(following)])
-    found = token_logprobs(logits_TV, following, [num_top] * len(following))
-    ranks = token_ranks(logits_TV, following)
-    return [TokenLogprob(token, *entry, rank) for token, entry, rank in zip(following, found, ranks, strict=True)]
+def prompt_logprobs(
+    model: Head, chunk_TC: torch.Tensor, following: list[int], num_top: int, rows_at_once: int | None = None
+) -> list[TokenLogprob]:
+    """Log-probabilities of the tokens in `following`, each after a chunk's token.
+
+    Args:
+        rows_at_once: the most rows of logits in memory; None: all.
+    """
+    scored: list[TokenLogprob] = []
+    size = len(following) if rows_at_once is None else rows_at_once
+    for start in range(0, len(following), max(1, size)):
+        tokens = following[start : start + size]
+        logits_TV = model.head(chunk_TC[start : start + len(tokens)])
+        found = token_logprobs(logits_TV, tokens, [num_top] * len(tokens))
+        ranks = token_ranks(logits_TV, tokens)
+        scored += [TokenLogprob(token, *entry, rank) for token, entry, rank in zip(tokens, found, ranks, strict=True)]
+    return scored
 
 
 def pooled_hidden(pooling: Literal["last", "mean"], chunk_TC: torch.Tensor) -> bytes:

@@ -70,14 +70,19 @@ class SlotExecutor:
         """Forget the batch after a failure, as its state on the GPU is unknown."""
         self._rows, self._indices, self._values = [], [], []
 
+    @property
+    def position(self) -> int:
+        """See `RankExecutor`."""
+        return self._steps.position
+
     def prepare(self) -> bool:
         """Capture a graph that later steps will run."""
         if self._preparation is None:
             return False
         try:
             goes_on = self._preparation.capture_next()
-        except torch.OutOfMemoryError:  # others are captured on first use
-            goes_on = False
+        except torch.OutOfMemoryError:  # this one and others are captured on first use
+            goes_on = self._preparation.is_led
         if not goes_on:
             self._preparation = None
             keep_for_good()  # compilation allocates many objects

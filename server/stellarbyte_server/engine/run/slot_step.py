@@ -16,6 +16,8 @@ from stellarbyte_server.engine.run.step_plan import Finish, PlannedChunk, SlotBe
 
 # R rows that sample, V vocabulary
 
+_PROMPT_ROWS = 256
+
 
 class ResidentSlot(ExecutorSlot):
     """A sequence on the GPU. `tokens`: those of its begin, and, if they depend on the host, all read so far."""
@@ -139,15 +141,20 @@ class SlotStep:
         hidden_TC = computed.hidden_TC
         assert hidden_TC is not None
         first_row = len(self._result.tokens) - len(self.prompts)
+        # Several ranks have up to three copies of logits at once, which no rehearsal has measured.
+        rows_at_once = None if self._steps.model.ranks is None else _PROMPT_ROWS
         start = 0
         for row, (slot, chunk) in enumerate(self.prompts, first_row):
-            head = _AdaptedHead(self._steps.model, slot)
-            slot.read_prompt(self._result, row, head, chunk.start, hidden_TC[start : start + chunk.length])
+            head, chunk_TC = _AdaptedHead(self._steps.model, slot), hidden_TC[start : start + chunk.length]
+            slot.read_prompt(self._result, row, head, chunk.start, chunk_TC, rows_at_once)
             start += chunk.length
 
 
 def sample_rows(model: TritonModel, logits_RV: torch.Tensor, rows: list[RowSampling]) -> torch.Tensor:
-    """A token for each row, by the host. torch orders the sums of top_p by the number of rows."""
+    """A token for each row, by the host: rank 0's, since torch orders the sums of top_p on a GPU differently each time,
+    and also by the number of rows."""
+    if model.ranks is not None:
+        return model.ranks.of_first_rank(sample(logits_RV, rows))
     if not model.is_invariant:
         return sample(logits_RV, rows)
     return torch.cat([sample(logits_1V, [row]) for logits_1V, row in zip(logits_RV.split(1), rows, strict=True)])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from stellarbyte.backends.gpu.model import TritonModel
-from stellarbyte.backends.gpu.preparation import Preparation, first_programs
+from stellarbyte.backends.gpu.preparation import CaptureOrder, Preparation, first_programs
 from stellarbyte.backends.gpu.prompts import ODD_TOKENS
 from stellarbyte.backends.gpu.steps import Decoding, Prefill, Steps
 from stellarbyte.cache.paged_kv import PagedKVCache
@@ -67,11 +67,11 @@ class GpuStart:
             return self._settings.kv_cache_memory
         return _free_for_cache(self._largest, self._settings.gpu_memory_utilization)
 
-    def executor(self, max_model_len: int, num_blocks: int) -> SlotExecutor:
+    def executor(self, max_model_len: int, num_blocks: int, order: CaptureOrder | None = None) -> SlotExecutor:
         """The executor of a plan with these numbers; begins to prepare the kernels of usual steps."""
         sizes = self._sizes(max_model_len)
         steps = sizes.steps(num_blocks)
-        preparation = Preparation(steps, sizes.rehearsal())
+        preparation = Preparation(steps, sizes.rehearsal(), order)
         preparation.start()
         return SlotExecutor(steps, sizes.layout, sizes.max_rows, preparation)
 
@@ -122,6 +122,7 @@ def _compile_first_kernels(sizes: _Sizes) -> None:
     """Compile what is needed before the first answer, on several threads: Triton works without Python's lock mostly."""
 
     def run(program: Decoding | Prefill) -> None:
+        torch.cuda.set_device(sizes.model.device)  # that of a new thread is the first one
         with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(sizes.model.device)):
             sizes.rehearsal().run_program(program)
             torch.cuda.current_stream().synchronize()

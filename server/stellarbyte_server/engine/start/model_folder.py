@@ -27,7 +27,6 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.parallel.group import RankGroup
 from stellarbyte.parallel.model import rank_language_model
-from stellarbyte.parallel.quantized import cut_matrix
 from stellarbyte.parallel.shares import EMBEDDING, HEAD, RankShare
 from stellarbyte_server.tokens.stand_in_tokenizer import make_stand_in_tokenizer
 
@@ -82,6 +81,8 @@ class ModelFolder:
             drawn = dummy_weights(self.config, dtype=dtype, device=device)
             read = ((name, weight[pieces[name].index].clone()) for name, weight in drawn)
             return _rank_model(share, group, read), {}
+        from stellarbyte.parallel.quantized import cut_matrix  # as the GPU kernels take the pieces
+
         checkpoint = open_checkpoint(self.path)
         indices = {name: piece.index for name, piece in pieces.items()}
         kept = {

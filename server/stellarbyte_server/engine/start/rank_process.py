@@ -1,6 +1,7 @@
 """The process of a tensor-parallel rank other than 0. Run by `RankProcesses` of rank 0.
 
-One thread computes; a second one reads what rank 0 sends, and ends the process when rank 0 has ended.
+One thread computes; a second one reads what rank 0 sends, and ends the process when rank 0 has ended; others compile
+and copy adapters.
 """
 
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from stellarbyte_server.engine.ranks.messages import (
+    Connect,
     FromRank,
     RankLoaded,
     RankMeasured,
@@ -29,8 +31,6 @@ from stellarbyte_server.garbage import keep_for_good
 
 if TYPE_CHECKING:
     from stellarbyte_server.engine.ranks.follower import Follower
-
-_PREPARATION_INTERVAL_S = 0.02  # without a message
 
 
 def _read_all(stdin: BinaryIO, inbox: "queue.SimpleQueue[ToRank]") -> None:
@@ -49,8 +49,11 @@ def main() -> int:
     stdin = os.fdopen(os.dup(0), "rb")
     threading.Thread(target=_read_all, args=(stdin, inbox), daemon=True).start()
 
+    replying = threading.Lock()
+
     def reply(message: FromRank) -> None:
-        write_message(stdout, message)
+        with replying:
+            write_message(stdout, message)
 
     start = inbox.get()
     assert isinstance(start, RankStart)
@@ -62,20 +65,15 @@ def main() -> int:
         reply(RankRefused(f"tensor-parallel rank {start.rank} of {ranks} could not start: {reason}"))
         return 1
     keep_for_good()
-    prepares = True
     while True:
-        try:
-            message = inbox.get(timeout=_PREPARATION_INTERVAL_S if prepares else None)
-        except queue.Empty:
-            prepares = follower.prepare()
-        else:
-            follower.take(message)
+        follower.take(inbox.get())
 
 
 def _load(start: RankStart, inbox: "queue.SimpleQueue[ToRank]", reply: Callable[[FromRank], None]) -> "Follower":
     """The rank with its model and cache."""
     import torch  # only after the parent is watched
 
+    from stellarbyte_server.engine.ranks.captures import FollowingOrder
     from stellarbyte_server.engine.ranks.follower import Follower
     from stellarbyte_server.engine.start.model_folder import open_model_folder
     from stellarbyte_server.engine.start.ranks import device_of_rank, load_rank, make_group
@@ -83,15 +81,17 @@ def _load(start: RankStart, inbox: "queue.SimpleQueue[ToRank]", reply: Callable[
     torch.set_num_threads(start.num_threads)
     settings = start.settings
     device = device_of_rank(settings.device, start.rank)
-    group = make_group(Path(start.store), start.rank, settings.tensor_parallel_size, device)
+    group = make_group(start.rank, settings.tensor_parallel_size, device)
     folder = open_model_folder(Path(settings.model), is_dummy=settings.load_format == "dummy")
     loaded = load_rank(settings, folder, getattr(torch, settings.dtype), group, device)
     reply(RankLoaded())
-    group.connect()
-    reply(RankMeasured(loaded.start.cache_bytes()))
+    connect = inbox.get()  # other ranks may still load
+    assert isinstance(connect, Connect)
+    group.connect(Path(connect.store))
+    reply(RankMeasured(loaded.start.cache_bytes(), group.no_symmetric_memory))
     cache = inbox.get()
     assert isinstance(cache, ServeCache)
-    executor = loaded.start.executor(cache.max_model_len, cache.num_blocks)
+    executor = loaded.start.executor(cache.max_model_len, cache.num_blocks, FollowingOrder(reply))
     reply(RankServes())
     return Follower(executor, loaded.bank, reply)
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -16,15 +15,22 @@ from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
-from stellarbyte.parallel.group import GlooGroup
+from stellarbyte.parallel.group import CONNECT_TIMEOUT, GlooGroup
 from stellarbyte.parallel.nccl_group import NcclGroup
 from stellarbyte.parallel.shares import RankShare, UndividedError, refuse_undivided
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.ranks.bank import RanksBank
-from stellarbyte_server.engine.ranks.executor import RanksExecutor
-from stellarbyte_server.engine.ranks.messages import RankLoaded, RankMeasured, RankServes, RankStart, ServeCache
+from stellarbyte_server.engine.ranks.captures import LeadingOrder
+from stellarbyte_server.engine.ranks.executor import RankExecutor, RanksExecutor
+from stellarbyte_server.engine.ranks.messages import (
+    Connect,
+    RankLoaded,
+    RankMeasured,
+    RankServes,
+    RankStart,
+    ServeCache,
+)
 from stellarbyte_server.engine.ranks.processes import RankLost, RankProcesses
-from stellarbyte_server.engine.run.executor import Executor
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.start.machine import (
     cache_dtype_of,
@@ -41,6 +47,9 @@ from stellarbyte_server.engine.start.serving_plan import (
     serving_config,
     tokens_a_step,
 )
+
+if TYPE_CHECKING:
+    from stellarbyte.backends.gpu.preparation import CaptureOrder  # needs Triton
 
 logger = logging.getLogger("server.engine")
 
@@ -82,17 +91,17 @@ class EngineStart(Protocol):
         ...
 
     def cache_bytes(self) -> int:
-        """That this rank has for its part of the cache."""
+        """The bytes that this rank has for its part of the cache."""
         ...
 
-    def executor(self, max_model_len: int, num_blocks: int) -> Executor:
-        """Of the rank's steps, with a cache of its own key-value heads. Called once."""
+    def executor(self, max_model_len: int, num_blocks: int, order: "CaptureOrder | None" = None, /) -> RankExecutor:
+        """Make the executor of the rank's steps, with a cache of its own key-value heads. Called once."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostStart:
-    """On a CPU, in plain torch."""
+    """The part of a rank on a CPU, in plain torch."""
 
     settings: EngineSettings
     model: TorchModel
@@ -106,7 +115,7 @@ class HostStart:
     def cache_bytes(self) -> int:
         return cpu_cache_bytes(self.settings)
 
-    def executor(self, max_model_len: int, num_blocks: int) -> HostExecutor:
+    def executor(self, max_model_len: int, num_blocks: int, _order: object = None, /) -> HostExecutor:
         asked = dataclasses.replace(self.settings, max_model_len=max_model_len)
         served, _ = serving_config(self.config, asked)
         layout = layout_of(served, asked)
@@ -116,7 +125,7 @@ class HostStart:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRank:
-    """What any rank has once its part of the model is loaded.
+    """A rank whose part of the model is loaded.
 
     Attributes:
         bank: its part of the adapters.
@@ -171,13 +180,13 @@ def load_rank(
     )
 
 
-def make_group(store: Path, rank: int, ranks: int, device: torch.device) -> GlooGroup | NcclGroup:
-    """How a rank on this device meets the others; see `GlooGroup`."""
-    return GlooGroup(store, rank, ranks) if device.type == "cpu" else NcclGroup(store, rank, ranks, device)
+def make_group(rank: int, ranks: int, device: torch.device) -> GlooGroup | NcclGroup:
+    """The group through which a rank on this device meets the others."""
+    return GlooGroup(rank, ranks) if device.type == "cpu" else NcclGroup(rank, ranks, device)
 
 
 def device_of_rank(kind: str, rank: int) -> torch.device:
-    """The device of a rank, "cpu" or "cuda"; a GPU becomes the calling thread's current one."""
+    """Find the device of a rank, "cpu" or "cuda"; a GPU becomes the calling thread's current one."""
     if kind == "cpu":
         return CPU
     device = torch.device("cuda", rank)
@@ -190,6 +199,7 @@ class LoadedRanks:
     """All ranks with their models, and the one of this process."""
 
     own: LoadedRank
+    group: GlooGroup | NcclGroup
     others: RankProcesses
     bank: RanksBank
 
@@ -201,10 +211,12 @@ class LoadedRanks:
         """
         start = self.own.start
         try:
-            budgets = [start.cache_bytes(), *(said.cache_bytes for said in self.others.answers(RankMeasured))]
+            measured = self.others.answers(RankMeasured)
+            _log_symmetric_memory([self.group.no_symmetric_memory, *(said.no_symmetric_memory for said in measured)])
+            budgets = [start.cache_bytes(), *(said.cache_bytes for said in measured)]
             plan = start.plan(min(budgets))  # rank 0 has the most key-value heads
             self.others.send(ServeCache(max_model_len=plan.max_model_len, num_blocks=plan.cache.num_blocks))
-            executor = start.executor(plan.max_model_len, plan.cache.num_blocks)
+            executor = start.executor(plan.max_model_len, plan.cache.num_blocks, LeadingOrder(self.others))
             self.others.answers(RankServes)
             self.others.serve()
         except RankLost as lost:
@@ -225,33 +237,32 @@ def load_ranks(settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype
     ranks, threads, device = settings.tensor_parallel_size, num_threads(settings), device_of_rank(kind.type, 0)
     torch.set_num_threads(threads)
     share = RankShare(config=folder.config, rank=0, ranks=ranks)
-    divided = (
-        "" if share.is_even else "; the model's heads are not a multiple of the ranks, so the first ones have more"
-    )
+    divided = "" if share.is_even else "; the model's heads are not a multiple of the ranks, so some have more"
     where = f"ranks of {threads} threads in plain torch" if device.type == "cpu" else "GPUs"
     logger.info("dividing the model among %d %s%s", ranks, where, divided)
-    private = Path(tempfile.mkdtemp(prefix="stellarbyte-ranks-"))  # mode 0700
     told = dataclasses.replace(
         settings, model=str(folder.path), dtype=str(dtype).removeprefix("torch."), device=device.type
     )  # fmt: skip
-    starts = [
-        RankStart(settings=told, rank=rank, store=str(private / "store"), num_threads=threads)
-        for rank in range(1, ranks)
-    ]
-    others = RankProcesses(starts)
+    others = RankProcesses([RankStart(settings=told, rank=rank, num_threads=threads) for rank in range(1, ranks)])
     try:
-        group = make_group(private / "store", 0, ranks, device)
+        group = make_group(0, ranks, device)
         own = load_rank(settings, folder, dtype, group, device)
         others.answers(RankLoaded)
-        if device.type != "cpu":
-            others.serve()  # gloo notices that a rank has died, NCCL waits for it
-        group.connect()
+        with tempfile.TemporaryDirectory(prefix="stellarbyte-ranks-", ignore_cleanup_errors=True) as private:
+            store = Path(private, "store")
+            others.send(Connect(str(store)))
+            others.while_all_live(lambda: group.connect(store), 2 * CONNECT_TIMEOUT.total_seconds())
     except RankLost as lost:
         others.close()
         raise StartupError(f"{lost}.") from lost
     except Exception:
         others.close()
         raise
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-    return LoadedRanks(own=own, others=others, bank=RanksBank(own.bank, share, others))
+    return LoadedRanks(own=own, group=group, others=others, bank=RanksBank(own.bank, share, others))
+
+
+def _log_symmetric_memory(reasons: list[str]) -> None:
+    """`reasons`: why each rank has none."""
+    for rank, reason in enumerate(reasons):
+        if reason:
+            logger.info("tensor-parallel rank %d sums through NCCL alone: no symmetric memory (%s)", rank, reason)

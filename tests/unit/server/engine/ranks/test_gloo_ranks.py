@@ -15,6 +15,7 @@ from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.engines.engine import make_request
 from tests.support.engines.engine_core import drain
+from tests.support.gpu.engine_process import run_engine
 from tests.support.models import oracle
 from tests.support.models.adapters import write_adapter
 from tests.support.models.byte_transformer import EXPERTS, make_model
@@ -121,3 +122,14 @@ def test_log_probabilities_are_the_oracles(engines: tuple[Any, ...]) -> None:
     expected = oracle.logprobs(model.state_dict(), model.config, tokens)
     for position, told in enumerate(answer.logprobs, len(request.prompt_token_ids) - 1):
         assert abs(told.logprob - expected[position, told.token_id]) <= 1e-4
+
+
+def test_an_engine_in_a_process_of_its_own_answers_and_ends(tmp_path: Path) -> None:
+    """As the tests on several GPUs run it, which never run on a machine without them."""
+    save(tmp_path, MIXED)
+    settings = EngineSettings(
+        model=str(tmp_path / "model"), device="cpu", tensor_parallel_size=2, max_model_len=128, kv_cache_memory=2**20
+    )
+    asked = make_request(b"a prompt", 5, return_token_ids=True, ignore_eos=True)
+    first, second = run_engine(tmp_path, settings, [asked], [asked]).batches
+    assert len(first[0].token_ids) == 5 and first[0].token_ids == second[0].token_ids

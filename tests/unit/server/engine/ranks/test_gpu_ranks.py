@@ -21,7 +21,7 @@ from stellarbyte.checkpoint.native import load_model
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.parts import PARTS, adaptable_modules
-from stellarbyte.parallel.group import AloneGroup
+from stellarbyte.parallel.group import SingleRankGroup
 from stellarbyte.parallel.quantized import cut_matrix
 from stellarbyte.parallel.shares import RankShare, UndividedError
 from stellarbyte_server.engine.start.gpu_rank import load_gpu_model, whole_weights
@@ -206,7 +206,7 @@ def test_weights_of_modules_are_those_that_the_ranks_multiply_by(quantization: s
     models, shares = [], [RankShare(config=folder.config, rank=rank, ranks=2) for rank in range(2)]
     for share in shares:
         bank = LoraBank(share.own_config)
-        models.append(load_gpu_model(folder, share, AloneGroup(share.rank, 2), bank, asked_for))
+        models.append(load_gpu_model(folder, share, SingleRankGroup(share.rank, 2), bank, asked_for))
     weight = whole_weights(folder, shares[0], models[0], asked_for)
     modules = [*adaptable_modules(folder.config), "lm_head", "model.embed_tokens"]
     for module in modules:
@@ -227,14 +227,14 @@ def test_pieces_of_groups_are_smaller_groups_or_refused_by_name(tmp_path: Path) 
     assert torch.equal(piece.dequantized(), matrix.dequantized()[:, 192:])
     with pytest.raises(UndividedError, match=r"8 ranks cannot divide down, .* inputs 48 to 96: groups of 128 in int4"):
         cut_matrix("down", matrix, (slice(None), slice(48, 96)), 8)
-    model = tiny_model(hidden_size=64, intermediate_size=96, num_hidden_layers=1, head_dim=32)
+    model = tiny_model(hidden_size=64, intermediate_size=96, num_hidden_layers=1, head_dim=16)
     model.save_pretrained(tmp_path)
     folder = open_model_folder(tmp_path, is_dummy=False)
     share = RankShare(config=folder.config, rank=0, ranks=2)
     with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.down_proj\.weight has 48 inputs; int4 needs a multiple of 32"
+        ValueError, match=r"layers\.0\.self_attn\.o_proj\.weight has 16 inputs; int4 needs a multiple of 32"
     ):
-        load_gpu_model(folder, share, AloneGroup(0, 2), LoraBank(share.own_config), "int4")
+        load_gpu_model(folder, share, SingleRankGroup(0, 2), LoraBank(share.own_config), "int4")
 
 
 def test_drafts_are_verified_on_all_ranks(start: Start) -> None:

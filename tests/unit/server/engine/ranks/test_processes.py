@@ -1,12 +1,16 @@
 """Ranks that die, fail alone, or fail together; and a rank 0 that is killed."""
 
+import functools
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +25,10 @@ from stellarbyte_server.engine.ranks import processes as processes_module
 from stellarbyte_server.engine.ranks.executor import RanksExecutor
 from stellarbyte_server.engine.ranks.follower import Follower
 from stellarbyte_server.engine.ranks.messages import (
+    Connect,
     FinishStep,
     RankLoaded,
+    RankMeasured,
     RankServes,
     RankStart,
     ReadStep,
@@ -33,9 +39,10 @@ from stellarbyte_server.engine.ranks.messages import (
 from stellarbyte_server.engine.ranks.processes import RankLost, RankProcesses
 from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.run.step_plan import Finish, StepPlan
+from stellarbyte_server.engine.start import ranks as ranks_module
 from stellarbyte_server.engine.start.load import build_core
 from stellarbyte_server.engine.start.model_folder import open_model_folder
-from stellarbyte_server.engine.start.ranks import refuse_ranks
+from stellarbyte_server.engine.start.ranks import LoadedRanks, refuse_ranks
 from stellarbyte_server.engine.start.serving_plan import StartupError
 from tests.support.models.byte_transformer import EXPERTS, make_config, make_model
 from tests.support.servers.fake_engine import make_tokenizer
@@ -49,7 +56,7 @@ class Group:
 
     def __init__(self, script: str, module: str = SCRIPTED) -> None:
         self.lost = threading.Event()
-        start = RankStart(settings=EngineSettings(model=script), rank=1, store="", num_threads=1)
+        start = RankStart(settings=EngineSettings(model=script), rank=1, num_threads=1)
         self.others = RankProcesses([start], module, self.lost.set)
 
 
@@ -73,8 +80,9 @@ class Steps:
     num_steps_ahead = 0
     takes_drafts = False
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, position: int = 0) -> None:
         self.error = error
+        self.position = position
         self.done: list[str] = []
 
     def start(self, _plan: StepPlan) -> Any:
@@ -116,6 +124,83 @@ def test_a_rank_that_dies_while_it_loads_is_named(start_group, caplog: pytest.Lo
     assert not group.lost.is_set() and not caplog.messages
 
 
+def test_a_rank_that_dies_while_the_ranks_meet_ends_the_start(start_group, caplog: pytest.LogCaptureFixture) -> None:
+    """Although rank 0 waits for it in a library, without a limit."""
+    group = start_group("serves")
+    group.others.answers(RankLoaded)
+    killing = threading.Timer(0.2, os.kill, (group.others.process_ids[0], signal.SIGKILL))
+    killing.start()
+    with pytest.raises(RankLost, match=r"^tensor-parallel rank 1 of 2 has ended \(killed by signal 9\)$"):
+        group.others.while_all_live(threading.Event().wait, 60)
+    assert not group.lost.is_set() and not caplog.messages
+
+
+def test_a_start_that_a_rank_ends_is_one_sentence_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(ranks_module, "RankProcesses", functools.partial(RankProcesses, module=SCRIPTED))
+    with pytest.raises(StartupError, match=r"^tensor-parallel rank 1 of 2 has ended \(exit status 3\)\.$"):
+        build_core(EngineSettings(model=str(tmp_path / "model"), device="cpu", tensor_parallel_size=2))
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_ranks_that_do_not_meet_in_time_end_the_start(start_group) -> None:
+    group = start_group("serves")
+    with pytest.raises(RankLost, match=r"^the 2 tensor-parallel ranks have not met within 0\.1 s$"):
+        group.others.while_all_live(threading.Event().wait, 0.1)
+
+
+def test_an_error_of_the_meeting_is_that_of_rank_0_while_all_ranks_live(
+    start_group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes_module, "_NOTICE_S", 0.1)
+    group = start_group("serves")
+    done: list[int] = []
+    group.others.while_all_live(lambda: done.append(1), 60)
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        group.others.while_all_live(lambda: done.append(1 // 0), 60)
+
+
+def test_a_rank_meets_the_others_only_when_all_have_loaded(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    settings = EngineSettings(model=str(tmp_path), device="cpu", dtype="float32", tensor_parallel_size=2)
+    others = RankProcesses([RankStart(settings=settings, rank=1, num_threads=1)])
+    try:
+        others.answers(RankLoaded)
+        store = tmp_path / "store"
+        with pytest.raises(RankLost, match="has not answered"):
+            others.answers(RankMeasured, 0.5)
+        assert not store.exists()
+        others.send(Connect(str(store)))
+        others.while_all_live(lambda: GlooGroup(0, 2).connect(store), 60)
+        (measured,) = others.answers(RankMeasured, 60)
+        assert measured.cache_bytes > 0 and not measured.no_symmetric_memory
+    finally:
+        others.close()
+
+
+def test_why_a_rank_has_no_symmetric_memory_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Only the log of rank 0 is seen."""
+    said = [[RankMeasured(1000, "GPU 1 has no atomic operations in the memory of GPU 0")], [RankServes()]]
+    others = SimpleNamespace(answers=lambda _: said.pop(0), send=lambda _: None, serve=lambda: None)
+    plan = SimpleNamespace(max_model_len=1, cache=SimpleNamespace(num_blocks=1))
+    start = SimpleNamespace(cache_bytes=lambda: 1000, plan=lambda _: plan, executor=lambda *_: Steps())
+    group = SimpleNamespace(no_symmetric_memory="another rank has none")
+    ranks: Any = LoadedRanks
+    with caplog.at_level(logging.INFO):
+        ranks(own=SimpleNamespace(start=start), group=group, others=others, bank=None).serve()
+    assert [line for line in caplog.messages if "symmetric" in line] == [
+        "tensor-parallel rank 0 sums through NCCL alone: no symmetric memory (another rank has none)",
+        "tensor-parallel rank 1 sums through NCCL alone: no symmetric memory"
+        " (GPU 1 has no atomic operations in the memory of GPU 0)",
+    ]
+
+
 def test_a_rank_that_says_nothing_is_named(start_group) -> None:
     group = start_group("serves")
     with pytest.raises(RankLost, match=r"rank 1 of 2 has not answered for 0\.1 s"):
@@ -132,6 +217,15 @@ def test_a_step_that_fails_on_all_ranks_is_an_error_of_the_step(start_group) -> 
     executor.recover()
     assert own.done == ["start", "recover"]
     assert not group.lost.is_set()
+
+
+def test_a_step_that_fails_at_different_places_of_the_ranks_loses_the_device(start_group) -> None:
+    """Else the next sum of one rank would meet an older one of another."""
+    group = start_group("fails")
+    group.others.serve()
+    executor = RanksExecutor(Steps(ZeroDivisionError("of the step"), position=3), group.others)
+    with pytest.raises(DeviceLost, match="at different places"):
+        executor.start(StepPlan())
 
 
 def test_a_step_that_fails_on_rank_0_alone_loses_the_device(start_group, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +269,7 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.ranks.messages import RankLoaded, RankStart
 from stellarbyte_server.engine.ranks.processes import RankProcesses
 settings = EngineSettings(model={str(tmp_path)!r}, device="cpu", dtype="float32", tensor_parallel_size=2)
-others = RankProcesses([RankStart(settings=settings, rank=1, store={str(tmp_path / "store")!r}, num_threads=1)])
+others = RankProcesses([RankStart(settings=settings, rank=1, num_threads=1)])
 others.answers(RankLoaded)
 print(others.process_ids[0], flush=True)
 sys.stdin.read()
@@ -217,7 +311,7 @@ def test_random_weights_of_ranks_are_those_of_one_process(tmp_path: Path) -> Non
     whole = folder.language_model(torch.float32, torch.device("cpu")).state_dict()
     for rank in range(2):
         share = RankShare(config=folder.config, rank=rank, ranks=2)
-        own = folder.rank_model(share, GlooGroup(tmp_path / "store", rank, 2), torch.float32).state_dict()
+        own = folder.rank_model(share, GlooGroup(rank, 2), torch.float32).state_dict()
         assert own.keys() == whole.keys()
         for name, piece in share.pieces().items():
             expected = torch.zeros_like(own[name]) if piece.is_zero else whole[name][piece.index]
