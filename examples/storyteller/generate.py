@@ -4,8 +4,10 @@
     python examples/storyteller/generate.py --tokens 10000000                    # writes data/stories/stories.jsonl
 
 Every text has a number, which decides its request, its seed and its temperature: no two requests are the same. A run
-that was interrupted continues after the largest number in the file. A text is kept if it has ended by itself, has a
-usual length, repeats little, and is not there yet. Its words are those of the model, and so is its licence.
+that was interrupted continues after the largest number in the files. A text is kept if it has a usual length, repeats
+little, and is not there yet. One that was cut short loses its last sentence and goes into FILE-unfinished.jsonl,
+without its request: to learn words from, but not where an answer ends. Its words are those of the model, and so is its
+licence.
 """
 
 import argparse
@@ -55,6 +57,8 @@ MIN_WORDS, MAX_WORDS = 40, 500
 HOPELESS = 100  # texts, if none of them is kept
 MAX_REPEATED = 0.2  # of the sequences of four words
 _WORD = re.compile(r"[\w']+")
+_CLOSING = "\"'”’*)"
+_END = re.compile(rf"[.!?][{_CLOSING}]*(?=\s)")
 
 
 def request_of(number: int) -> str:
@@ -65,11 +69,15 @@ def request_of(number: int) -> str:
     return chosen.choice(ASKED).format(place=chosen.choice(PLACES), thing=chosen.choice(THINGS), **fields)
 
 
-def reason_to_drop(text: str, *, has_ended: bool) -> str | None:
-    """Why a text is not learned from: unfinished, length, repeats; None: it is."""
+def without_last_sentence(text: str) -> str:
+    """The text up to the end of the last sentence that another one follows; empty if there is none."""
+    ends = list(_END.finditer(text))
+    return text[: ends[-1].end()] if ends else ""
+
+
+def reason_to_drop(text: str) -> str | None:
+    """Why a text is not learned from: length, repeats; None: it is."""
     words = _WORD.findall(text.lower())
-    if not has_ended or text.rstrip()[-1:] not in tuple(".!?\"'”’*)"):
-        return "unfinished"
     if not MIN_WORDS <= len(words) <= MAX_WORDS:
         return "length"
     sequences = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
@@ -84,49 +92,61 @@ def digest_of(text: str) -> str:
 
 @dataclass
 class Collection:
-    """The file of texts, and what was counted in this run and the runs before it."""
+    """The files of texts, and what was counted in this run and the runs before it."""
 
     file: Path
     next_number: int = 0
-    tokens: int = 0  # of the kept answers
+    tokens: int = 0  # of the kept texts
     counts: Counter[str] = field(default_factory=Counter)
     digests: set[str] = field(default_factory=set)
 
+    @property
+    def unfinished_file(self) -> Path:
+        return self.file.with_stem(f"{self.file.stem}-unfinished")
+
     @classmethod
     def opened(cls, file: Path) -> "Collection":
-        """Continue the file, without a last line that was cut short. ValueError: it was not written by this program."""
+        """Continue the files, without last lines that were cut short. ValueError: this program did not write them."""
         found = cls(file)
         file.parent.mkdir(parents=True, exist_ok=True)
+        found._read(file, "kept")
+        found._read(found.unfinished_file, "unfinished")
+        return found
+
+    def _read(self, file: Path, kind: str) -> None:
         if not file.exists():
-            return found
+            return
         whole = file.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]
         for line_number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
-                found.next_number = max(found.next_number, row["number"] + 1)
-                found.tokens += row["tokens"]
-                found.digests.add(digest_of(row["messages"][1]["content"]))
-            except (ValueError, TypeError, KeyError, IndexError) as error:
+                self.next_number = max(self.next_number, row["number"] + 1)
+                self.tokens += row["tokens"]
+                self.digests.add(digest_of(row["text"]))
+            except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{file}, line {line_number} was not written by this program.") from error
-        found.counts["kept"] = len(found.digests)
+            self.counts[kind] += 1
         file.write_bytes(whole)
-        return found
 
     def add(self, number: int, request: str, answer: str, *, tokens: int, has_ended: bool) -> None:
         """Append the text, or count why it was dropped."""
-        reason = reason_to_drop(answer, has_ended=has_ended)
-        digest = digest_of(answer)
+        text = answer.strip()
+        is_whole = has_ended and text[-1:] in tuple(f".!?{_CLOSING}")
+        if not is_whole:
+            text = without_last_sentence(text)
+        reason, digest = reason_to_drop(text), digest_of(text)
         if reason is None and digest in self.digests:
             reason = "duplicate"
-        self.counts[reason or "kept"] += 1
+        self.counts[reason or ("kept" if is_whole else "unfinished")] += 1
         if reason is not None:
             return
         self.digests.add(digest)
         self.tokens += tokens
-        messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer.strip()}]
-        row = {"number": number, "tokens": tokens, "text": answer.strip(), "messages": messages}
-        with self.file.open("a", encoding="utf-8") as opened:
+        row: dict[str, Any] = {"number": number, "tokens": tokens, "text": text}
+        if is_whole:
+            row["messages"] = [{"role": "user", "content": request}, {"role": "assistant", "content": text}]
+        with (self.file if is_whole else self.unfinished_file).open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -137,14 +157,14 @@ async def write_texts(client: AsyncOpenAI, model: str, collection: Collection, o
         APIError: a request failed.
         ValueError: of the first texts none was kept.
     """
-    started_s, before, first = time.monotonic(), collection.tokens, collection.next_number
+    started_s, before = time.monotonic(), collection.tokens
 
     async def work() -> None:
         while collection.tokens < options.tokens:
             number = collection.next_number
             collection.next_number += 1
             await _write_one(client, model, collection, number, options.max_tokens)
-            if collection.tokens == 0 and number >= first + HOPELESS:
+            if collection.tokens == 0 and collection.counts.total() >= HOPELESS:
                 raise ValueError(f"{model} writes no text that is kept: {_shown(collection.counts)}.")
             if number % 500 == 0:
                 speed = (collection.tokens - before) / (time.monotonic() - started_s)

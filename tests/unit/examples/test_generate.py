@@ -12,24 +12,37 @@ import pytest
 from openai import APIError, AsyncOpenAI
 
 from examples.storyteller import generate
-from examples.storyteller.generate import Collection, digest_of, reason_to_drop, request_of
+from examples.storyteller.generate import Collection, digest_of, reason_to_drop, request_of, without_last_sentence
 
 STORY = " ".join(f"word{n}" for n in range(60)) + "."
 
 
 @pytest.mark.parametrize(
-    ("text", "has_ended", "reason"),
+    ("text", "reason"),
     [
-        (STORY, True, None),
-        (STORY, False, "unfinished"),
-        (STORY.removesuffix("."), True, "unfinished"),
-        ("Once. The end.", True, "length"),
-        (" ".join(f"word{n}" for n in range(501)) + ".", True, "length"),
-        ("The fox ran over the hill again and again. " * 8, True, "repeats"),
+        (STORY, None),
+        ("Once. The end.", "length"),
+        (" ".join(f"word{n}" for n in range(501)) + ".", "length"),
+        ("The fox ran over the hill again and again. " * 8, "repeats"),
     ],
 )
-def test_texts_are_kept_for_what_they_are(text: str, has_ended: bool, reason: str | None) -> None:
-    assert reason_to_drop(text, has_ended=has_ended) == reason
+def test_texts_are_kept_for_what_they_are(text: str, reason: str | None) -> None:
+    assert reason_to_drop(text) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("One. Two! Three", "One. Two!"),
+        ('"Who?" she asked. "It is', '"Who?" she asked.'),
+        ('He said: "No." Then\n', 'He said: "No."'),
+        ("One. Two.", "One."),
+        ("It was 3.5 miles", ""),
+        ("", ""),
+    ],
+)
+def test_a_text_that_was_cut_short_ends_with_a_whole_sentence(text: str, rest: str) -> None:
+    assert without_last_sentence(text) == rest
 
 
 def test_requests_are_many_and_always_the_same() -> None:
@@ -43,9 +56,13 @@ def test_equal_words_are_equal_texts() -> None:
 
 
 class Teacher:
-    """Answers each request with a text of its seed; every third one is cut short, every fifth a copy."""
+    """Answers each request with a text of its seed; every third one is cut short, every fifth a copy.
 
-    def __init__(self, fails_at: int | None = None) -> None:
+    `num_short`: so many answers at first are of three words.
+    """
+
+    def __init__(self, fails_at: int | None = None, num_short: int = 0) -> None:
+        self.num_short = num_short
         self.seeds: list[int] = []
         self.running = self.most_running = 0
         self.fails_at = fails_at
@@ -62,7 +79,9 @@ class Teacher:
         self.seeds.append(seed)
         assert body["messages"] == [{"role": "user", "content": request_of(seed)}]
         copied = 0 if seed % 5 == 4 else seed
-        text = " ".join(f"w{copied}n{place}" for place in range(60)) + "."
+        text = f"It began {copied} years ago. " + " ".join(f"w{copied}n{place}" for place in range(60)) + "."
+        text += f" Then the {copied}" * (seed % 3 == 2)
+        text = "No, thank you." if len(self.seeds) <= self.num_short else text
         choice = {"index": 0, "message": {"role": "assistant", "content": text}}
         choice["finish_reason"] = "length" if seed % 3 == 2 else "stop"
         usage = {"prompt_tokens": 5, "completion_tokens": 100, "total_tokens": 105}
@@ -70,9 +89,9 @@ class Teacher:
         return httpx.Response(200, json={**fields, "choices": [choice], "usage": usage})
 
 
-def write(file: Path, tokens: int, teacher: Teacher) -> Collection:
+def write(file: Path, tokens: int, teacher: Teacher, concurrency: int = 4) -> Collection:
     collection = Collection.opened(file)
-    options = argparse.Namespace(tokens=tokens, concurrency=4, max_tokens=600)
+    options = argparse.Namespace(tokens=tokens, concurrency=concurrency, max_tokens=600)
 
     async def run() -> None:
         transport = httpx.AsyncClient(transport=httpx.MockTransport(teacher))
@@ -88,25 +107,37 @@ def rows(file: Path) -> Iterator[dict]:
 
 
 def test_an_interrupted_run_continues_and_keeps_no_text_twice(tmp_path: Path) -> None:
-    file = tmp_path / "stories" / "stories.jsonl"
+    file, unfinished = tmp_path / "stories" / "stories.jsonl", tmp_path / "stories" / "stories-unfinished.jsonl"
     first = Teacher()
     collection = write(file, 500, first)
     assert 500 <= collection.tokens <= 500 + 3 * 100 and 1 < first.most_running <= 4
-    largest = max(row["number"] for row in rows(file))
+    largest = max(row["number"] for row in (*rows(file), *rows(unfinished)))
     with file.open("a", encoding="utf-8") as opened:
         opened.write('{"number": 99, "tok')  # the process was killed while it wrote
     second = Teacher()
     write(file, 1500, second)
-    numbers = [row["number"] for row in rows(file)]
+    numbers, others = ([row["number"] for row in rows(each)] for each in (file, unfinished))
     assert min(second.seeds) == largest + 1
-    assert len(set(numbers)) == len(numbers) and all(n % 3 != 2 for n in numbers)
-    texts = [row["text"] for row in rows(file)]
+    assert len({*numbers, *others}) == len(numbers) + len(others)
+    assert all(n % 3 != 2 for n in numbers) and others and all(n % 3 == 2 for n in others)
+    texts = [row["text"] for row in (*rows(file), *rows(unfinished))]
     assert len({digest_of(text) for text in texts}) == len(texts)
     for row in rows(file):
         user, assistant = row["messages"]
         assert user["content"] == request_of(row["number"]) and assistant["content"] == row["text"]
+    for row in rows(unfinished):
+        assert "messages" not in row and row["text"].endswith("n59.")
     asked = Teacher()
     assert write(file, 1500, asked).tokens >= 1500 and asked.seeds == []  # nothing is left to do
+
+
+def test_only_many_texts_of_which_none_is_kept_end_a_run(tmp_path: Path) -> None:
+    """More requests than that may run at once, before the first one is answered."""
+    teacher = Teacher(num_short=generate.HOPELESS - 10)
+    write(tmp_path / "some.jsonl", 500, teacher, concurrency=2 * generate.HOPELESS)
+    assert len(list(rows(tmp_path / "some.jsonl"))) >= 2
+    with pytest.raises(ValueError, match=r"m writes no text that is kept: 100 length\."):
+        write(tmp_path / "none.jsonl", 500, Teacher(num_short=10_000), concurrency=2 * generate.HOPELESS)
 
 
 def test_a_failed_request_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
