@@ -13,8 +13,8 @@ from stellarbyte.ops.triton.grouped.product import can_norm, dequantize, grouped
 from stellarbyte.ops.triton.grouped.rows import invariant_tile
 from stellarbyte.ops.triton.grouped.weights import GroupedWeight
 from stellarbyte.ops.triton.invariant import invariant_linear
-from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, linear
 from stellarbyte.ops.triton.linear import is_for_few as is_linear_for_few
+from stellarbyte.ops.triton.linear import linear
 from stellarbyte.ops.triton.weights import Weight, dequantized
 
 # T rows, N outputs, K inputs
@@ -35,12 +35,14 @@ def can_norm_few(x_TK: torch.Tensor, weight: PackedWeight) -> bool:
     """Whether `few` is fastest, a norm included."""
     if isinstance(weight, GroupedWeight):
         return can_norm(len(x_TK), weight)
-    return len(x_TK) <= MAX_NORMED_ROWS and is_linear_for_few(x_TK, weight)
+    return len(x_TK) <= 1
 
 
 def fuses_gate(x_TK: torch.Tensor, weight: PackedWeight) -> bool:
     """Whether `few` with a gate is faster than a product and a kernel of the gate."""
-    return isinstance(weight, GroupedWeight) and len(x_TK) <= _MAX_GATED_ROWS
+    if isinstance(weight, GroupedWeight):
+        return len(x_TK) <= _MAX_GATED_ROWS
+    return is_linear_for_few(x_TK, weight)
 
 
 def few(x_TK: torch.Tensor, weight: PackedWeight, **around: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ from stellarbyte.ops.triton.weights import Weight
 _HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 
 MAX_ROWS = 64
-MAX_NORMED_ROWS = 16  # of products with a norm before them
+_MAX_FP8_ROWS = 16  # beyond, a product of rows in fp8 is faster
 
 
 def linear(
@@ -36,7 +36,7 @@ def linear(
     """residual + branch_scale · gate(W · norm(x) + bias) for at most `MAX_ROWS` contiguous rows.
 
     Args:
-        norm_K: weight of an RMSNorm of x, with `eps`.
+        norm_K: weight of an RMSNorm of x, with `eps`; for one row.
         gate: of `gates.GATES`; then W holds gates and ups, [2N, K], and the output is activated gate · up.
         tile: outputs and inputs of a program's tile, and its warps; None: those of the shape.
     """
@@ -46,6 +46,7 @@ def linear(
         out_TN = x_TK.new_empty(num_rows, num_outputs)
     if not num_rows:
         return out_TN
+    assert norm_K is None or num_rows == 1, "several rows are normed by another kernel"
     rows = 1 if num_rows == 1 else max(8, triton.next_power_of_2(num_rows))
     if tile is None:
         tile = _tile(rows, num_outputs, num_inputs, weight.matrix_NK.element_size())
@@ -85,7 +86,7 @@ def is_for_few(x_TK: torch.Tensor, weight: Weight) -> bool:
     """Whether `linear` is fastest. cuBLAS is, for several rows and weights that need no conversion."""
     if weight.scales_N is None:
         return len(x_TK) <= 1
-    return len(x_TK) <= (MAX_NORMED_ROWS if takes_fp8(x_TK, weight) else MAX_ROWS)
+    return len(x_TK) <= (_MAX_FP8_ROWS if takes_fp8(x_TK, weight) else MAX_ROWS)
 
 
 def _tile(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int) -> tuple[int, int, int]:
@@ -97,7 +98,7 @@ def _tile(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int) -> tu
     if num_inputs < 4096:
         return 2, triton.next_power_of_2(num_inputs), 4
     if weight_bytes == 1:  # half the bytes for each number, so more numbers in flight
-        return (4, 4096, 4) if num_inputs <= 8192 else (4, 8192, 8)
+        return (4, 4096, 4) if num_inputs <= 8192 else (4, 2048, 2)
     return 4, 2048, 4
 
 
@@ -233,7 +234,6 @@ def _rows_kernel(
     row = n.to(tl.int64)[:, None] * num_inputs
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     ups = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    squares = tl.zeros([BLOCK_K, ROWS if HAS_NORM else 1], tl.float32)
     for i in range(NUM_TILES):
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)
         some_k = k < num_inputs
@@ -243,17 +243,10 @@ def _rows_kernel(
             mask = inside_n[:, None] & some_k[None, :]
         w = tl.load(weight + row + k[None, :], mask=mask, other=0.0).to(element)
         v = tl.load(x + t[None, :] * num_inputs + k[:, None], mask=some_k[:, None] & inside_t[None, :], other=0.0)
-        if HAS_NORM:
-            squares += v.to(tl.float32) * v.to(tl.float32)
-            v = (v.to(tl.float32) * tl.load(norm + k, mask=some_k, other=0.0).to(tl.float32)[:, None]).to(element)
         total = tl.dot(w, v, total, input_precision="ieee")
         if GATE:
             w_up = tl.load(weight + num_outputs.to(tl.int64) * num_inputs + row + k[None, :], mask=mask, other=0.0)
             ups = tl.dot(w_up.to(element), v, ups, input_precision="ieee")
-    if HAS_NORM:
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / num_inputs + eps)[None, :]
-        total *= factor
-        ups *= factor
     inside = inside_n[:, None] & inside_t[None, :]
     many_n = n[:, None] + tl.zeros([1, ROWS], tl.int32)
     offsets = t[None, :] * num_outputs + many_n

@@ -46,7 +46,7 @@ def grouped_linear(
     if tile is None and can_norm(num_rows, weight):
         vector_product(
             x_TK, weight, out_TN, norm_K=norm_K, eps=eps, gate=gate, residual_1N=residual_TN,
-            branch_scale_N=branch_scale_N, tile=vector_tile(weight.num_inputs, bool(gate)),
+            branch_scale_N=branch_scale_N, tile=vector_tile(weight.num_inputs),
         )  # fmt: skip
         return out_TN
     assert norm_K is None, "several rows are normed by another kernel"

@@ -45,9 +45,11 @@ def rows_tile(num_rows: int, num_outputs: int, weight: GroupedWeight, dtype: tor
     if weight.kind == "int4":
         num_stages = 2 if is_wide else 3
         if rows <= 16:
-            return RowsTile(rows, 16 if num_outputs < 8192 else 32, 4, 4, num_stages, 2)
+            return RowsTile(rows, 32, 4, 4, 2 if is_wide else 4)
+        if rows <= 64 and num_outputs < 8192:
+            return RowsTile(rows, 64, 1, 4, num_stages, 2, 4, scales_first=True)
         if rows <= 64:
-            return RowsTile(rows, 64, 1, 4, num_stages, 2, _parts(num_outputs // 64), scales_first=True)
+            return RowsTile(rows, 128, 1, 8, 2 if is_wide else 4, 1, 2, scales_first=True)
         parts = _parts(num_outputs // 128 * triton.cdiv(num_rows, rows))
         return RowsTile(rows, 128, 1, 8, num_stages, 2, parts, scales_first=True)
     unroll = max(1, 128 // weight.group_size)

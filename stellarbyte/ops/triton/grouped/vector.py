@@ -28,10 +28,10 @@ class VectorTile(NamedTuple):
     num_warps: int
 
 
-def vector_tile(num_inputs: int, has_gate: bool) -> VectorTile:
+def vector_tile(num_inputs: int) -> VectorTile:
     """Long reads of few outputs: registers limit the programs of a multiprocessor, and so the reads on their way."""
     slabs = min(32, triton.next_power_of_2(triton.cdiv(num_inputs, SLAB)))
-    return VectorTile(*((4, 2) if has_gate else (8, 1)), slabs, max(1, min(4, slabs // 4)))
+    return VectorTile(8, 1, slabs, max(1, min(4, slabs // 4)))
 
 
 def vector_product(

@@ -206,7 +206,7 @@ def test_one_row_in_bfloat16(device: torch.device) -> None:
     x, norm = random(1, 256, seed=1).bfloat16(), random(256, seed=2).bfloat16()
     expected = x.double() * torch.rsqrt(x.double().pow(2).mean() + EPS) * norm.double() @ numbers_of(matrix).T
     weight, out = on(device, grouped([matrix])), torch.empty(1, 48, device=device)
-    vector_product(x.to(device), weight, out, norm_K=norm.to(device), eps=EPS, tile=vector_tile(256, has_gate=False))
+    vector_product(x.to(device), weight, out, norm_K=norm.to(device), eps=EPS, tile=vector_tile(256))
     torch.testing.assert_close(out.cpu().double(), expected, rtol=2e-5, atol=3e-4)
 
 
