@@ -1,4 +1,7 @@
-"""Codes of 4 bits as numbers, in registers."""
+"""Codes of 4 bits as numbers, in registers.
+
+Triton 3.6 compiles what stands behind the return of a branch, too, and wants one type; so the others are in an else.
+"""
 
 import triton
 import triton.language as tl
@@ -11,9 +14,10 @@ def group_scale(words, IS_HALF: tl.constexpr):
     """float32 scales of words of int4 groups; IS_HALF: they are float16."""
     if words.dtype == tl.int64:
         return words.to(tl.int32).to(tl.float32, bitcast=True)
-    if IS_HALF:
+    elif IS_HALF:
         return words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return (words << 16).to(tl.float32, bitcast=True)
+    else:
+        return (words << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit

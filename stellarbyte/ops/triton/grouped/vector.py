@@ -159,8 +159,9 @@ def _load_words(
     place = codes + row[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     if EVEN:
         return tl.load(place, eviction_policy="evict_first")
-    inside = (n < num_outputs)[None, :] & (h * 64 < num_inputs)[:, None]
-    return tl.load(place, mask=inside[:, :, None], other=0, eviction_policy="evict_first")
+    else:
+        inside = (n < num_outputs)[None, :] & (h * 64 < num_inputs)[:, None]
+        return tl.load(place, mask=inside[:, :, None], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -215,7 +216,8 @@ def _sums_of_codes(words, v, GROUPS: tl.constexpr):
         high += codes[j + 1] * v[j + 1][:, None, :]
     if GROUPS == 1:
         return (tl.sum(low + high, axis=2),)
-    return tl.sum(low, axis=2), tl.sum(high, axis=2)
+    else:
+        return tl.sum(low, axis=2), tl.sum(high, axis=2)
 
 
 @triton.jit
@@ -233,7 +235,7 @@ def _sums_of(v, GROUPS: tl.constexpr):
     low, high = v[0] + v[2] + v[4] + v[6], v[1] + v[3] + v[5] + v[7]
     if GROUPS == 1:
         return (tl.sum(low + high, axis=1),)
-    else:  # Triton compiles what stands behind a return, too
+    else:
         return tl.sum(low, axis=1), tl.sum(high, axis=1)
 
 
