@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.support.record import ROOT, write_result
 
 Figures = dict[str, float]  # by the path to each number: "runs[sequences=64].ms_per_step.text"
-_IDENTITY = ("server", "sequences", "streams", "steps_per_s")  # what tells a run of a list from the others
+_IDENTITY = ("server", "weights", "sequences", "streams", "steps_per_s")  # what tells a run of a list from the others
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The time of a decoding step's parts on the CPU, compared with torch and the machine's limits.
 
-    python -m benchmarks.cpu_kernels                      the demo model, 1, 8 and 32 sequences of 160 tokens
+    python -m benchmarks.cpu_kernels                      the demo model, 1 to 32 sequences of 160 tokens
 
 Every figure is the least of many interleaved repetitions, in milliseconds: other programs only increase it.
 """
@@ -27,7 +27,7 @@ from stellarbyte.ops.cpu.tiles import may_use_tiles
 from stellarbyte.sampling.sampler import RowSampling
 
 BLOCK_SIZE = 16
-BATCHES = (1, 8, 32)
+BATCHES = (1, 8, 16, 24, 32)
 ARITHMETIC = TILED if may_use_tiles() else PLAIN
 
 

@@ -1,8 +1,8 @@
 """Products of packed weights with a few tokens or many, on the CPU.
 
-Each panel (`panels.py`) is read from memory once for up to 6 tokens, or 24 with AVX-512, at the machine's full read
-speed, which torch's products do not reach for small batches; for many tokens the same kernel is limited by the
-multipliers.
+Each panel (`panels.py`) is read from memory once, at the machine's full read speed, which torch's products do not reach
+for small batches. Up to 6 tokens share a pass over it, or 12 with AVX-512, and further passes find it in the cache; for
+many tokens the same kernel is limited by the multipliers.
 """
 
 import math
@@ -21,6 +21,7 @@ from stellarbyte.ops.cpu.panels import (
     most_packed,
     packed_product,
     pair_product,
+    pair_tile,
     tile_product,
     tile_size,
     unpack_panel,
@@ -107,7 +108,7 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
         x: [T, K] float32, contiguous.
         weight: (weights, scales, minima) of a `PackedWeight`.
         bias: [P · R] float32 in the weight's row order, or empty.
-        addend: [T, P · R] float32 in the weight's row order, or [0, 0].
+        addend: [T, P · R] float32 in the weight's row order, or [0, 0]; may be `out` if there is no activation.
         out: [T, N] float32, N rows or pairs of rows; overwritten.
         activation: NO_ACTIVATION, SILU, GELU or GELU_TANH.
         arithmetic: PLAIN, INVARIANT or TILED.
@@ -121,6 +122,8 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
     is_packed, is_invariant = num_tokens <= most_packed(weights), arithmetic == INVARIANT
     x_sums = group_sums(x, minima.shape[1])
     per_thread = (num_panels + 2 * num_threads - 1) // (2 * num_threads) * 2
+    turns = (num_tokens + LARGEST_TILE - 1) // LARGEST_TILE
+    ahead = 0 if most_packed(weights) > 0 else 2 * x.shape[1] * PANEL_ROWS  # no panels follow unpacked ones
     for thread in prange(num_threads):
         sums = np.empty((2, LARGEST_TILE * PANEL_ROWS), np.float32)
         buffer = np.empty((0 if is_packed else 2, x.shape[1], PANEL_ROWS), np.float32)
@@ -128,11 +131,16 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
             number, paired = min(2, num_panels - panel), 0
             if not is_packed:
                 panels = float32_panels(weight, panel, number, buffer)
-                while number == 2 and num_tokens - paired >= TOKENS_OF_PAIRS:
-                    pair_product(panels, x, paired, sums)
-                    for i in range(2):
-                        write_tile(sums[i], TOKENS_OF_PAIRS, paired, panel + i, bias, addend, out, activation)
-                    paired += TOKENS_OF_PAIRS
+                if number == 2 and num_tokens >= TOKENS_OF_PAIRS:
+                    for turn in range(turns):
+                        tile = pair_tile(num_tokens - paired)
+                        first = min(paired, num_tokens - tile)
+                        pair_product(panels, x, first, tile, sums, ahead, turn, turns)
+                        new = (paired - first) * PANEL_ROWS  # rows before it are written already
+                        tile -= paired - first
+                        for i in range(2):
+                            write_tile(sums[i, new:], tile, paired, panel + i, bias, addend, out, activation)
+                        paired += tile
             for i in range(number):
                 first = paired
                 while first < num_tokens:

@@ -240,34 +240,73 @@ def unpack_panel(typing_context, weights, scales, minima, panel, num_columns, ou
     return signature, generate
 
 
-@intrinsic
-def pair_product(typing_context, panels, x, first, sums):
-    """sums[i, t, r] = Σ_c panels[i, c, r] · x[first + t, c] for two float32 panels and `TOKENS_OF_PAIRS` tokens."""
-    signature = types.void(panels, x, types.intp, sums)
+def _pair_product(num_tokens: int):  # numba's own typing takes its place
+    """An intrinsic: sums[i, t, r] = Σ_c panels[i, c, r] · x[first + t, c] for two float32 panels, `num_tokens` tokens.
 
-    def generate(context, builder, signature, arguments):
-        if not _HAS_PAIRS:
+    Meanwhile it prefetches part number `turn` of `turns` of the two panels `ahead` numbers after these.
+    """
+
+    @intrinsic
+    def product(typing_context, panels, x, first, sums, ahead, turn, turns):
+        integer = types.intp
+        signature = types.void(panels, x, integer, sums, integer, integer, integer)
+
+        def generate(context, builder, signature, arguments):
+            if not _HAS_PAIRS:
+                return context.get_dummy_value()  # never called: no number of tokens reaches TOKENS_OF_PAIRS
+            weights, rows, out = (
+                context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 3)
+            )
+            _, _, first, _, ahead, turn, turns = arguments
+            num_columns = cgutils.unpack_tuple(builder, rows.shape)[1]
+            emitter = _PanelEmitter(builder, 2 * num_tokens)
+            starts = [weights.data, emitter.offset(weights.data, emitter.times(num_columns, PANEL_ROWS))]
+            tokens = [builder.add(first, ir.Constant(INT64, t)) for t in range(num_tokens)]
+            x_rows = [emitter.offset(rows.data, builder.mul(token, num_columns)) for token in tokens]
+            # A panel's K lines, one a column, are divided among turns · K prefetches: steps in 2^-16 numbers.
+            step = builder.udiv(ir.Constant(INT64, PANEL_ROWS << 16), turns)
+            columns_before = builder.mul(turn, num_columns)
+            with cgutils.for_range(builder, num_columns) as loop:
+                place = builder.mul(builder.add(columns_before, loop.index), step)
+                place = builder.add(ahead, builder.lshr(place, ir.Constant(INT64, 16)))
+                columns = []
+                for start in starts:
+                    # After the last panels this address may be unmapped: a prefetch does not fault.
+                    emitter.prefetch(emitter.offset(start, place))
+                    at = emitter.offset(start, emitter.times(loop.index, PANEL_ROWS))
+                    columns.append(emitter.load(at, FLOATS, 4))
+                for t, row in enumerate(x_rows):
+                    number = emitter.splat(builder.load(emitter.offset(row, loop.index)))
+                    for i, column in enumerate(columns):
+                        emitter.add_product(emitter.sums[i * num_tokens + t], column, number)
+            for i in range(2):
+                for t in range(num_tokens):
+                    at = ir.Constant(INT64, (i * LARGEST_TILE + t) * PANEL_ROWS)
+                    emitter.store(builder.load(emitter.sums[i * num_tokens + t]), emitter.offset(out.data, at))
             return context.get_dummy_value()
-        weights, rows, _, out = (
-            context.make_array(kind)(context, builder, value) if kind != types.intp else value
-            for kind, value in zip(signature.args, arguments, strict=True)
-        )
-        num_columns = cgutils.unpack_tuple(builder, rows.shape)[1]
-        emitter = _PanelEmitter(builder, 2 * TOKENS_OF_PAIRS)
-        starts = [weights.data, builder.gep(weights.data, [emitter.times(num_columns, PANEL_ROWS)])]
-        tokens = [builder.add(arguments[2], ir.Constant(INT64, t)) for t in range(TOKENS_OF_PAIRS)]
-        x_rows = [builder.gep(rows.data, [builder.mul(token, num_columns)]) for token in tokens]
-        with cgutils.for_range(builder, num_columns) as loop:
-            columns = [emitter.ahead(start, emitter.times(loop.index, PANEL_ROWS)) for start in starts]
-            for t, row in enumerate(x_rows):
-                number = emitter.splat(builder.load(emitter.offset(row, loop.index)))
-                for i, column in enumerate(columns):
-                    emitter.add_product(emitter.sums[i * TOKENS_OF_PAIRS + t], column, number)
-        for place, total in enumerate(emitter.sums):
-            emitter.store(builder.load(total), builder.gep(out.data, [ir.Constant(INT64, place * PANEL_ROWS)]))
-        return context.get_dummy_value()
 
-    return signature, generate
+        return signature, generate
+
+    return product
+
+
+_pair_12, _pair_8 = _pair_product(12), _pair_product(8)
+
+
+@njit(inline="always")
+def pair_tile(num_tokens):
+    """Of so many tokens, how many the next of ⌈num_tokens / 12⌉ passes over two panels takes: 13 to 16 are divided into
+    8 and 8. The last pass may take more than are left."""
+    return 12 if num_tokens > 16 or 8 < num_tokens <= 12 else 8
+
+
+@njit(inline="always")
+def pair_product(panels, x, first, num_tokens, sums, ahead, turn, turns):
+    """sums[i] = the products of two of `float32_panels` with rows of x, as many as a `pair_tile`."""
+    if num_tokens == 12:
+        _pair_12(panels, x, first, sums, ahead, turn, turns)
+    else:
+        _pair_8(panels, x, first, sums, ahead, turn, turns)
 
 
 def _choice(sizes: tuple[int, ...], *, is_packed: bool = False):  # numba's own typing takes its place

@@ -78,6 +78,28 @@ def test_products_of_every_size(tokens: int, rows: int, columns: int, quantizati
     assert np.abs(out - expected).max() <= TOLERANCE[quantization] * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("tokens", range(8, 41))
+def test_products_with_bias_and_addend_of_any_number_of_tokens(tokens: int) -> None:
+    """With AVX-512, passes over two panels divide them into twelves and eights; of five panels one is alone."""
+    numbers = np.random.default_rng(tokens)
+    shapes = (tokens, 96), (70, 96), 80, (tokens, 80)
+    x, w, bias, addend = (numbers.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    out = np.full((tokens, 70), np.nan, np.float32)
+    linear(x, tuple(pack(w, "none")), bias, addend, out, NO_ACTIVATION, PLAIN, 2)
+    exact = torch.nn.functional.linear(*(torch.from_numpy(array).double() for array in (x, w, bias[:70])))
+    np.testing.assert_allclose(out, exact.numpy() + addend[:, :70], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [13, 17, 21, 25, 37])  # the last pass computes some tokens again
+def test_a_product_is_added_to_its_output_once(tokens: int) -> None:
+    numbers = np.random.default_rng(tokens)
+    shapes = (tokens, 64), (48, 64), (tokens, 48)
+    x, w, before = (numbers.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    out = before.copy()
+    linear(x, tuple(pack(w, "none")), np.zeros(0, np.float32), out, out, NO_ACTIVATION, PLAIN, 2)
+    np.testing.assert_allclose(out, before + x.astype(np.float64) @ w.T, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 40])  # from the packed form, and unpacked first
 def test_every_code_of_fp8_is_read_exactly(tokens: int) -> None:
     codes = np.array([code for code in range(256) if code & 127 != 127], np.uint8)  # without NaN
@@ -104,20 +126,24 @@ def test_a_gated_product() -> None:
     )
 
 
-@pytest.mark.parametrize("quantization", TOLERANCE)
-def test_an_invariant_product_has_the_same_bits_among_any_number_of_tokens(quantization: str) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "activation"),
+    [*((name, NO_ACTIVATION) for name in TOLERANCE), *(("none", activation) for activation in ACTIVATIONS.values())],
+)
+def test_an_invariant_product_has_the_same_bits_among_any_number_of_tokens(quantization: str, activation: int) -> None:
     numbers = np.random.default_rng(0)
-    x, w = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((29, 128), (40, 128)))
-    weight = tuple(pack(w, quantization))
+    x, w = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((41, 128), (40, 128)))
+    is_gated = activation != NO_ACTIVATION
+    weight = tuple(pack(interleave_gated(w[:20], w[20:]) if is_gated else w, quantization))
 
     def product(rows: slice) -> np.ndarray:
-        out = np.full((len(x[rows]), 40), np.nan, np.float32)
-        linear(x[rows], weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, INVARIANT, 2)
+        out = np.full((len(x[rows]), 20 if is_gated else 40), np.nan, np.float32)
+        linear(x[rows], weight, np.zeros(0, np.float32), NO_ADDEND, out, activation, INVARIANT, 2)
         return out
 
     whole = product(slice(None))
-    for size in range(1, 30):
-        for first in range(0, 29, size):
+    for size in range(1, 42):
+        for first in range(0, 41, size):
             np.testing.assert_array_equal(product(slice(first, first + size)), whole[first : first + size])
 
 
