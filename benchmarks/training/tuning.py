@@ -177,7 +177,9 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
             for pid in processes:
                 os.kill(pid, signal.SIGCONT if is_running else signal.SIGSTOP)
             await asyncio.sleep(SETTLE_S)
-            return await streams.measure(options.seconds)
+            tokens = await job.tokens()
+            figures = await streams.measure(options.seconds)
+            return figures | ({"job_tokens": await job.tokens() - tokens} if is_running else {})
 
         before, begin_s = await job.tokens(), time.monotonic()
         try:
