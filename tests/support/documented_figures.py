@@ -8,10 +8,10 @@ After a paragraph or table an HTML comment says where its numbers come from, so 
     given: 128 64
     -->
 
-A path starts at the file's `figures`: keys, list indices, and KEY=VALUE for those items of a list. A number is right
-if it is the value, rounded as it is written. Paths may be joined by + - * / (from left to right, item by item), and
-median, max, min or count before them makes one value of several. "given" numbers are no results: sizes of the load,
-targets.
+A path starts at the file's `figures`: keys, list indices, and KEY=VALUE for those items of a list, if it is no key
+itself. A number is right if it is the value, rounded as it is written. Paths may be joined by + - * / (from left to
+right, item by item), and median, max, min or count before them makes one value of several. "given" numbers are no
+results: sizes of the load, targets.
 
 In a table "column N: PATH; PATH" is for the numbers of that column's cells in turn, {1} in it the text of a row's first
 cell, and "row N: PATH; ..." for the numbers of a row after its first cell. Headings, and cells before the first column
@@ -192,7 +192,7 @@ def _find(words: list[str], figures: Any) -> list[float]:
     found = [figures]
     for word in words:
         name, is_choice, wanted = word.partition("=")
-        if is_choice:
+        if is_choice and not any(word in each for each in found if isinstance(each, dict)):
             items = [item for each in found for item in (each if isinstance(each, list) else [each])]
             found = [item for item in items if str(item.get(name)) == wanted]
         elif word.isdecimal() and all(isinstance(each, list) for each in found):

@@ -65,13 +65,18 @@ def test_a_translation_has_the_same_numbers(translation: Path, original: Path) -
     assert of_sections(translation) == of_sections(original)
 
 
-FIGURES = {"runs": [{"name": "a", "tok_s": 31.44, "ms": [1, 4]}, {"name": "b", "tok_s": 10.0}], "error": 5.61e-7}
-PROSE = "From int8, 64 streams: 31.4 tok/s, 3.1×, 2.5 ms, 5.6·10⁻⁷, 40 sums up (`--flag 7`, [x](3.md))."
+FIGURES = {
+    "runs": [{"name": "a", "tok_s": 31.44, "ms": [1, 4]}, {"name": "b", "tok_s": 10.0}],
+    "error": 5.61e-7,
+    "a=b": 7.5,
+}
+PROSE = "From int8, 64 streams: 31.4 tok/s, 3.1×, 2.5 ms, 5.6·10⁻⁷, 40 sums up, 7.5 (`--flag 7`, [x](3.md))."
 PROSE_COMMENT = """31.4: runs name=a tok_s
 3.1: runs name=a tok_s / runs name=b tok_s
 2.5: median runs name=a ms
 5.6·10⁻⁷: error
 40: runs name=a tok_s + runs name=b tok_s - 1.5
+7.5: a=b
 given: 64"""
 TABLE = """| for 8 | value | both |
 |---|---|---|
@@ -97,7 +102,7 @@ def test_true_figures_pass(tmp_path: Path) -> None:
     assert problems(TABLE.replace(" 9 |", " |"), by_label, tmp_path) == []
 
 
-@pytest.mark.parametrize("number", ["31.4", "3.1", "2.5", "5.6·10⁻⁷", "40"])
+@pytest.mark.parametrize("number", ["31.4", "3.1", "2.5", "5.6·10⁻⁷", "40", "7.5"])
 def test_another_figure_is_noticed(number: str, tmp_path: Path) -> None:
     other = number.replace("5", "9") if "5" in number else number.replace("0", "1").replace("1", "2")
     both = [text.replace(number, other) for text in (PROSE, PROSE_COMMENT)]
