@@ -29,6 +29,7 @@ from stellarbyte.sampling.sampler import RowSampling
 BLOCK_SIZE = 16
 BATCHES = (1, 8, 16, 24, 32)
 ARITHMETIC = TILED if may_use_tiles() else PLAIN
+ALL_KEYS = NO_SINKS = np.int64(0)  # NumPy's: numba would compile and keep the kernel once more for Python's 0
 
 
 @njit(parallel=True, fastmath=True)
@@ -77,7 +78,7 @@ def _all_products(layers, head, x, attended, inner, qkv, branch, gated, logits, 
 def _all_attention(qkv, shape, batch, rotations, keys, values, scale, out, num_threads):
     for layer in range(len(keys)):
         paged_attention(
-            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, scale, np.float32(0),
+            qkv, shape, batch, rotations, keys[layer], values[layer], ALL_KEYS, NO_SINKS, scale, np.float32(0),
             np.zeros(0, np.float32), len(qkv), out, num_threads,
         )  # fmt: skip
 
