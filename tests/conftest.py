@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import ssl
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +72,7 @@ def _patch_language_once(interpreter: ModuleType) -> None:
     interpreter._patch_lang = patch_lang
 
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "tests.support.gpu.compile_only" not in sys.modules:
     # By Triton's interpreter; read when Triton is first imported, which other libraries do as well.
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):
