@@ -11,11 +11,8 @@ import argparse
 import dataclasses
 import itertools
 import logging
-import os
 import select
-import sys
 import time
-import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +36,7 @@ from benchmarks.gpu.workloads import (
     write_adapters,
     write_config,
 )
+from benchmarks.support.exits import run_and_exit
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.start.load import build_core
@@ -281,15 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    status = 1
-    try:
-        main()
-        status = 0
-    except SystemExit as ended:  # of the command line
-        status = ended.code if isinstance(ended.code, int) else 1
-    except Exception:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    run_and_exit(main)

@@ -5,14 +5,13 @@ Run as `python -m tests.support.gpu.engine_process JOB ANSWERS`, by `run_engine`
 """
 
 import logging
-import os
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import msgspec
 
+from benchmarks.support.exits import run_and_exit
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -69,17 +68,8 @@ def _run(job: Job) -> Answers:
 
 def main() -> None:
     job, answers = map(Path, sys.argv[1:])
-    status = 1
-    try:
-        answers.write_bytes(msgspec.msgpack.encode(_run(msgspec.msgpack.decode(job.read_bytes(), type=Job))))
-        status = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    answers.write_bytes(msgspec.msgpack.encode(_run(msgspec.msgpack.decode(job.read_bytes(), type=Job))))
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)
