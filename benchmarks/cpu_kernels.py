@@ -23,7 +23,7 @@ from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.ops.cpu.attention import Rotations, paged_attention
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, PLAIN, TILED, linear
-from stellarbyte.ops.cpu.tiles import may_use_tiles
+from stellarbyte.ops.cpu.panels.tiles import may_use_tiles
 from stellarbyte.sampling.sampler import RowSampling
 
 BLOCK_SIZE = 16

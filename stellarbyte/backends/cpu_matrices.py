@@ -9,7 +9,7 @@ from stellarbyte.checkpoint.shapes import matrix_names
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.ops.cpu.packing import Floats, QuantizedRows, quantized_rows
-from stellarbyte.ops.cpu.panels import INT4_GROUP, INT8_GROUP
+from stellarbyte.ops.cpu.panels.sizes import INT4_GROUP, INT8_GROUP
 
 # N outputs, K inputs, G groups of inputs
 

@@ -39,8 +39,8 @@ from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, forward_layer
 from stellarbyte.ops.cpu.linear import ACTIVATIONS, INVARIANT, NO_ACTIVATION, PLAIN, TILED, linear
 from stellarbyte.ops.cpu.lora import Adapters, adapters_of, no_adapters
 from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears, interleaved_rows, panels_of, unpack
+from stellarbyte.ops.cpu.panels.tiles import may_use_tiles
 from stellarbyte.ops.cpu.sampler import sample
-from stellarbyte.ops.cpu.tiles import may_use_tiles
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment
 from stellarbyte.sampling.sampler import GREEDY, RowSampling
 

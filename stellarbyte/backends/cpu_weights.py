@@ -37,7 +37,7 @@ from stellarbyte.ops.cpu.packing import (
     panels_of,
     quantized_rows,
 )
-from stellarbyte.ops.cpu.panels import INT8_GROUP, PANEL_ROWS
+from stellarbyte.ops.cpu.panels.sizes import INT8_GROUP, PANEL_ROWS
 from stellarbyte.ops.cpu.routing import Routers
 
 # L layers, M layers with experts, E experts, C hidden size, I inner size of an expert, P panels of R rows

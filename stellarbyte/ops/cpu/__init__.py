@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def _make_folder() -> Path | None:
     """The folder of these sources' code for this kind of processor; None if it cannot be written."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     try:
         base = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else cache_folder() / "compiled"

@@ -259,21 +259,66 @@ def exponentiate(typing_context, row, length, best, scale):
     return types.float32(row, types.intp, types.float32, types.float32), generate
 
 
+def _gate(num_rows: int):  # numba's own typing takes its place
+    """An intrinsic: for each of one or two rows of 16 from `start` on, 8 gates and their 8 ups, out[row, i] =
+    silu(gates[i]) · ups[i], written to sums[start + 8 · row + i]. All arrays are contiguous float32."""
+
+    @intrinsic
+    def gate(typing_context, sums, start):
+        def generate(context, builder, signature, arguments):
+            emitter, half = Emitter(builder), LANES // 2
+            first = _pointer(context, builder, signature, arguments, 0)
+            rows = [
+                emitter.load(emitter.offset(first, ir.Constant(INT64, row * LANES)), FLOATS, 4)
+                for row in range(num_rows)
+            ]
+            low, high = list(range(half)), list(range(half, LANES))
+            x = emitter.lanes(rows[0], rows[-1], low + [LANES + i for i in low])
+            ups = emitter.lanes(rows[0], rows[-1], high + [LANES + i for i in high])
+            zero, one = (ir.Constant(FLOATS, [number] * LANES) for number in (0.0, 1.0))
+            silu = builder.fdiv(x, builder.fadd(one, emitter.exp(builder.fsub(zero, x))))
+            emitter.store(builder.fmul(silu, ups), first)
+            return context.get_dummy_value()
+
+        return types.void(sums, types.intp), generate
+
+    return gate
+
+
+gate_1, gate_2 = _gate(1), _gate(2)
+
+
 @intrinsic
-def gate(typing_context, sums, start):
-    """sums[start + i] = silu(sums[start + i]) · sums[start + 8 + i] for i < 8, contiguous float32."""
+def add_lanes(typing_context, target, start, source, source_start):
+    """target[start + i] += source[source_start + i] for i < LANES, contiguous float32."""
 
     def generate(context, builder, signature, arguments):
         emitter = Emitter(builder)
-        first = _pointer(context, builder, signature, arguments, 0)
-        x, one = emitter.load(first, FLOATS, 4), ir.Constant(FLOATS, [1.0] * LANES)
-        minus_x = builder.fsub(ir.Constant(FLOATS, [0.0] * LANES), x)
-        silu = builder.fdiv(x, builder.fadd(one, emitter.exp(minus_x)))
-        ups = emitter.lanes(x, x, [*range(LANES // 2, LANES)] * 2)
-        emitter.store(builder.fmul(silu, ups), first)
+        to, of = (_pointer(context, builder, signature, arguments, i) for i in (0, 2))
+        emitter.store(builder.fadd(emitter.load(to, FLOATS, 4), emitter.load(of, FLOATS, 4)), to)
         return context.get_dummy_value()
 
-    return types.void(sums, types.intp), generate
+    return types.void(target, types.intp, source, types.intp), generate
+
+
+def _copy(count: int):  # numba's own typing takes its place
+    """An intrinsic: target[start + i] = source[source_start + i] for i < count, contiguous float32."""
+
+    @intrinsic
+    def copy(typing_context, target, start, source, source_start):
+        def generate(context, builder, signature, arguments):
+            emitter, kind = Emitter(builder), ir.VectorType(FLOAT, count)
+            to, of = (_pointer(context, builder, signature, arguments, i) for i in (0, 2))
+            numbers = emitter.load(of, kind, 4)
+            builder.store(numbers, builder.bitcast(to, kind.as_pointer())).align = 4
+            return context.get_dummy_value()
+
+        return types.void(target, types.intp, source, types.intp), generate
+
+    return copy
+
+
+copy_lanes, copy_half = _copy(LANES), _copy(LANES // 2)
 
 
 @intrinsic

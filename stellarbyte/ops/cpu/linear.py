@@ -1,6 +1,6 @@
 """Products of packed weights with a few tokens or many, on the CPU.
 
-Each panel (`panels.py`) is read from memory once, at the machine's full read speed, which torch's products do not reach
+Each panel (`panels`) is read from memory once, at the machine's full read speed, which torch's products do not reach
 for small batches. Up to 6 tokens share a pass over it, or 12 with AVX-512, and further passes find it in the cache; for
 many tokens the same kernel is limited by the multipliers.
 """
@@ -11,22 +11,18 @@ import numpy as np
 from numba import njit, prange
 
 from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
-from stellarbyte.ops.cpu.instructions import exp, gate
-from stellarbyte.ops.cpu.panels import (
-    INT4_GROUP,
-    LARGEST_TILE,
-    PANEL_ROWS,
+from stellarbyte.ops.cpu.instructions import add_lanes, copy_half, copy_lanes, exp, gate_1, gate_2
+from stellarbyte.ops.cpu.panels.floats import (
     TOKENS_OF_PAIRS,
     float32_panels,
-    most_packed,
-    packed_product,
     pair_product,
     pair_tile,
     tile_product,
-    tile_size,
     unpack_panel,
 )
-from stellarbyte.ops.cpu.tiles import (
+from stellarbyte.ops.cpu.panels.packed import most_packed, packed_product, packed_rows
+from stellarbyte.ops.cpu.panels.sizes import LARGEST_TILE, PANEL_ROWS, tile_size
+from stellarbyte.ops.cpu.panels.tiles import (
     COLUMNS_OF_A_TILE,
     ROWS_OF_A_TILE,
     TOKENS_AT_ONCE,
@@ -41,7 +37,7 @@ from stellarbyte.ops.cpu.tiles import (
 # T tokens, N rows, K columns, P panels of R rows
 
 # How products are computed. PLAIN: as fast as float32 sums allow. INVARIANT: a row of x has the same product, bit for
-# bit, whatever the other rows are and how many. TILED: many tokens by the matrix unit, see `ops.cpu.tiles`.
+# bit, whatever the other rows are and how many. TILED: many tokens by the matrix unit, see `ops.cpu.panels.tiles`.
 # NumPy's integers, here and below: numba compiles a kernel again for each int that another kernel names in a call.
 PLAIN, INVARIANT, TILED = (np.int64(number) for number in range(3))
 MIN_TILED_TOKENS = 32  # below, splitting the panels costs more than the products
@@ -65,39 +61,44 @@ def write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
     row = panel * PANEL_ROWS
     if len(bias):
         for t in range(num_tokens):
-            for r in range(PANEL_ROWS):
-                sums[t * PANEL_ROWS + r] += bias[row + r]
+            add_lanes(sums, t * PANEL_ROWS, bias, row)
     if len(addend):
         for t in range(num_tokens):
-            for r in range(PANEL_ROWS):
-                sums[t * PANEL_ROWS + r] += addend[first + t, row + r]
+            add_lanes(sums, t * PANEL_ROWS, addend[first + t], row)
     if activation == NO_ACTIVATION:
         width = min(PANEL_ROWS, out.shape[1] - row)
         for t in range(num_tokens):
-            for r in range(width):
-                out[first + t, row + r] = sums[t * PANEL_ROWS + r]
+            if width == PANEL_ROWS:
+                copy_lanes(out[first + t], row, sums, t * PANEL_ROWS)
+            else:
+                for r in range(width):
+                    out[first + t, row + r] = sums[t * PANEL_ROWS + r]
+    elif activation == SILU:
+        _write_silu(sums, num_tokens, first, panel, out)
     else:
         width = min(half, out.shape[1] - panel * half)
         for t in range(num_tokens):
-            if activation == SILU:
-                gate(sums, t * PANEL_ROWS)
-                for r in range(width):
-                    out[first + t, panel * half + r] = sums[t * PANEL_ROWS + r]
+            for r in range(width):
+                value, up = sums[t * PANEL_ROWS + r], sums[t * PANEL_ROWS + half + r]
+                out[first + t, panel * half + r] = _gelu(value, activation) * up
+
+
+@njit(inline="always")
+def _write_silu(sums, num_tokens, first, panel, out):
+    half = PANEL_ROWS // 2
+    row, width = panel * half, min(half, out.shape[1] - panel * half)
+    for t in range(0, num_tokens, 2):
+        number = min(2, num_tokens - t)
+        if number == 2:
+            gate_2(sums, t * PANEL_ROWS)
+        else:
+            gate_1(sums, t * PANEL_ROWS)
+        for i in range(number):
+            if width == half:
+                copy_half(out[first + t + i], row, sums, t * PANEL_ROWS + i * half)
             else:
                 for r in range(width):
-                    value, up = sums[t * PANEL_ROWS + r], sums[t * PANEL_ROWS + half + r]
-                    out[first + t, panel * half + r] = _gelu(value, activation) * up
-
-
-@njit(fastmath=FAST_MATH, nogil=True)
-def group_sums(x, num_groups):
-    """[T, num_groups] sums over int4's groups of columns; empty for other formats, which have no minima."""
-    sums = np.zeros((len(x), num_groups), np.float32)
-    for t in range(len(x)):
-        for group in range(num_groups):
-            for column in range(group * INT4_GROUP, (group + 1) * INT4_GROUP):
-                sums[t, group] += x[t, column]
-    return sums
+                    out[first + t + i, row + r] = sums[t * PANEL_ROWS + i * half + r]
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
@@ -120,7 +121,7 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
         _tiled_linear(x, weight, bias, addend, out, activation, num_threads)
         return
     is_packed, is_invariant = num_tokens <= most_packed(weights), arithmetic == INVARIANT
-    x_sums = group_sums(x, minima.shape[1])
+    rows = packed_rows(x, weight, np.array([0, num_tokens]), num_threads)
     per_thread = (num_panels + 2 * num_threads - 1) // (2 * num_threads) * 2
     turns = (num_tokens + LARGEST_TILE - 1) // LARGEST_TILE
     ahead = 0 if most_packed(weights) > 0 else 2 * x.shape[1] * PANEL_ROWS  # no panels follow unpacked ones
@@ -146,11 +147,9 @@ def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
                 while first < num_tokens:
                     tile = tile_size(num_tokens - first)
                     if is_packed:
-                        packed_product(
-                            weights, scales, minima, panel + i, x, first, tile, sums[0], x_sums, is_invariant
-                        )
+                        packed_product(weight, panel + i, rows, first, tile, sums[0], is_invariant)
                     else:
-                        tile_product(panels, scales, minima, i, x, first, tile, sums[0], x_sums)
+                        tile_product(panels, scales, minima, i, x, first, tile, sums[0])
                     write_tile(sums[0], tile, first, panel + i, bias, addend, out, activation)
                     first += tile
 

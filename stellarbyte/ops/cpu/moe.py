@@ -16,20 +16,13 @@ from stellarbyte.ops.cpu.instructions import exp
 from stellarbyte.ops.cpu.linear import (
     INVARIANT,
     NO_ACTIVATION,
-    group_sums,
     linear,
     write_tile,
 )
 from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears
-from stellarbyte.ops.cpu.panels import (
-    LARGEST_TILE,
-    PANEL_ROWS,
-    float32_panels,
-    most_packed,
-    packed_product,
-    tile_product,
-    tile_size,
-)
+from stellarbyte.ops.cpu.panels.floats import float32_panels, tile_product
+from stellarbyte.ops.cpu.panels.packed import most_packed, packed_product, packed_rows
+from stellarbyte.ops.cpu.panels.sizes import LARGEST_TILE, PANEL_ROWS, tile_size
 from stellarbyte.ops.cpu.routing import Pairs, Routers, gather, make_pairs, route
 
 # T tokens, N pairs, C hidden size, I inner size of an expert, S of the shared expert, P panels of R rows
@@ -142,7 +135,7 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
     num_rows = out.shape[1] if activation == NO_ACTIVATION else 2 * out.shape[1]
     num_panels = (num_rows + PANEL_ROWS - 1) // PANEL_ROWS
     is_invariant = arithmetic == INVARIANT
-    x_sums = group_sums(x, minima.shape[1])
+    rows = packed_rows(x, weight, starts, num_threads)
     nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     for thread in prange(num_threads):
         sums = np.empty(LARGEST_TILE * PANEL_ROWS, np.float32)
@@ -159,9 +152,9 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, n
                 while first < end:
                     tile = tile_size(end - first)
                     if is_packed:
-                        packed_product(weights, scales, minima, number, x, first, tile, sums, x_sums, is_invariant)
+                        packed_product(weight, number, rows, first, tile, sums, is_invariant)
                     else:
-                        tile_product(panels, scales, minima, 0, x, first, tile, sums, x_sums)
+                        tile_product(panels, scales, minima, 0, x, first, tile, sums)
                     if activation == NO_ACTIVATION:
                         _add_tile(sums, tile, first, panel, pairs, out)
                     else:

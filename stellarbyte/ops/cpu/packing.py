@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stellarbyte.ops.cpu.panels import INT4_GROUP, INT8_GROUP, PANEL_ROWS
+from stellarbyte.ops.cpu.panels.sizes import INT4_GROUP, INT8_GROUP, PANEL_ROWS
 
 # N rows, K columns, P panels of R rows, G columns that share a scale, L layers
 
@@ -15,13 +15,17 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 
+# Where a word's adjacent columns are: bytes of 4, and the bits of 8.
+_ORDER_OF_BYTES = np.array([0, 2, 1, 3])
+_SHIFTS_OF_NIBBLES = np.array([16 * (i % 2) + 4 * (i // 2) for i in range(8)], np.uint32)
 _LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 
 
 class PackedWeight(NamedTuple):
     """A matrix [N, K] for `linear.linear`; rows are padded with zeros to whole panels."""
 
-    # [P, K, R] float32, int8, or uint8 of fp8; int4: uint8 [P, K/2, R], columns 2i (low bits) and 2i+1
+    # [P, K, R] float32, or uint8 of fp8; int8: int32 [P, K/4, R], int4: uint32 [P, K/8, R], words of `_words_of_bytes`
+    # and `_words_of_nibbles`
     weights: npt.NDArray[Any]
     scales: Floats  # [P, K/G, R]; empty for float32
     minima: npt.NDArray[Any]  # [P, K/G, R] float32 for int4; empty for others, of uint8 for fp8
@@ -100,6 +104,10 @@ def panels_of(rows: QuantizedRows) -> PackedWeight:
     weights, scales, minima = (
         np.concatenate([part, np.zeros((missing, part.shape[1]), part.dtype)]) if missing else part for part in rows
     )
+    if weights.dtype == np.int8:
+        weights = _words_of_bytes(weights)
+    elif minima.size:
+        weights = _words_of_nibbles(weights)
     return PackedWeight(
         _panels(weights),
         *(_panels(part) if part.size else np.zeros((1, 0, PANEL_ROWS), part.dtype) for part in (scales, minima)),
@@ -134,17 +142,21 @@ def panels_below_each_other(matrices: Iterable[QuantizedRows], count: int) -> Pa
 
 def unpack(weight: PackedWeight) -> Floats:
     """[P · R, K]: the matrix that products read, padding included."""
-    if not weight.scales.size:
-        return _rows(weight.weights)
-    if not weight.minima.size:
-        codes = _rows(weight.weights)
-        if weight.minima.dtype == np.uint8:
-            codes = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
-        return codes.astype(np.float32) * _rows(weight.scales).repeat(INT8_GROUP, axis=1)
-    pairs = _rows(weight.weights)
-    nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1).astype(np.float32)
-    scales, minima = (_rows(part).repeat(INT4_GROUP, axis=1) for part in (weight.scales, weight.minima))
-    return nibbles * scales + minima
+    codes = _rows(weight.weights)
+    if codes.dtype == np.float32:
+        return codes
+    if codes.dtype == np.uint8:
+        numbers = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+    elif codes.dtype == np.int32:
+        numbers = np.ascontiguousarray(codes).view(np.int8).reshape(-1, 4)[:, _ORDER_OF_BYTES].astype(np.float32)
+        numbers = numbers.reshape(len(codes), -1)
+    else:
+        nibbles = (codes[:, :, None] >> _SHIFTS_OF_NIBBLES) & 15
+        numbers = nibbles.reshape(len(codes), -1).astype(np.float32)
+    scales = _rows(weight.scales)
+    group = numbers.shape[1] // scales.shape[1]
+    numbers = numbers * scales.repeat(group, axis=1)
+    return numbers + _rows(weight.minima).repeat(group, axis=1) if weight.minima.size else numbers
 
 
 def interleave_gated(gate_NK: npt.NDArray[Number], up_NK: npt.NDArray[Number]) -> npt.NDArray[Number]:
@@ -161,6 +173,21 @@ def interleaved_rows(num_rows: int, half: int) -> npt.NDArray[np.int64]:
     """Where `interleave_gated` puts the rows of gate (half 0) or up (half 1)."""
     rows = np.arange(num_rows)
     return rows // (PANEL_ROWS // 2) * PANEL_ROWS + half * (PANEL_ROWS // 2) + rows % (PANEL_ROWS // 2)
+
+
+def _words_of_bytes(codes: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """[N, K] int8 → [N, K/4]: adjacent columns are in the two halves of a word."""
+    columns = codes.reshape(len(codes), -1, 4)[:, :, _ORDER_OF_BYTES]
+    return np.ascontiguousarray(columns).view(np.int32)[:, :, 0]
+
+
+def _words_of_nibbles(pairs: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """[N, K/2] uint8 → [N, K/8]: adjacent columns are in the two halves of a word."""
+    words = np.zeros((len(pairs), pairs.shape[1] // 4), np.uint32)
+    for i in range(4):
+        both = pairs[:, i::4].astype(np.uint32)
+        words |= (both & 15) << _SHIFTS_OF_NIBBLES[2 * i] | (both >> 4) << _SHIFTS_OF_NIBBLES[2 * i + 1]
+    return words
 
 
 def _rows(panels: npt.NDArray[Number]) -> npt.NDArray[Number]:

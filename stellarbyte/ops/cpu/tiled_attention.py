@@ -1,6 +1,6 @@
 """Attention of many queries of a sequence by the matrix unit; the mathematics is that of `attention.paged_attention`.
 
-Keys and values of a sequence are split once for a step (`ops.cpu.tiles`). Its keys are first turned from the base of
+Keys and values of a sequence are split once for a step (`panels.tiles`). Its keys are first turned from the base of
 their block to one that all have in common, that of the block with the step's first token: no distance is longer than
 those of the step's queries. So 16 queries of a head at a time are rotated once, and then have their products with 64
 keys. Sinks keep the base of their block, as a window caps the positions of queries for them.
@@ -12,7 +12,7 @@ from numba import njit, prange
 from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import visible_part
 from stellarbyte.ops.cpu.instructions import exp, exponentiate, largest
-from stellarbyte.ops.cpu.tiles import (
+from stellarbyte.ops.cpu.panels.tiles import (
     COLUMNS_OF_A_TILE,
     ROWS_OF_A_TILE,
     configure_tiles,

@@ -56,7 +56,8 @@ def test_chunks_adapters_and_quantization_equal_the_torch_backend(shared: dict[s
     engine = ModelEngine(model, backend=backend, adapters=adapters, max_num_batched_tokens=17)
     for name in (None, "a"):
         expected = reference.teacher_forced(tokens, 3 * W, adapter=name)
-        assert (engine.teacher_forced(tokens, 3 * W, adapter=name) - expected).abs().max() <= 1e-4
+        tolerance = 1e-4 if quantization == "none" else 5e-4  # activations of 16 bits
+        assert (engine.teacher_forced(tokens, 3 * W, adapter=name) - expected).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("quantization", [pytest.param("int8", marks=SLOW), "int4"])

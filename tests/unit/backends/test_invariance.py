@@ -50,7 +50,7 @@ def test_the_same_bits_in_every_way(config: dict[str, Any], quantization: str, n
 def test_without_it_products_of_few_tokens_have_another_order() -> None:
     """What the flag is there for."""
     model, requests = make_model(**SIZES), [request for request in make_requests(6) if request.adapter is None]
-    backend = partial(CpuModel, quantization="int8", num_threads=2)
+    backend = partial(CpuModel, quantization="fp8", num_threads=2)
     alone: Logprobs = {}
     for request in requests:
         alone |= logprobs_of(ModelEngine(model, backend=backend), [request])

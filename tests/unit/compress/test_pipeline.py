@@ -70,7 +70,7 @@ def check_quality(report: Report, before: Any, after: Any) -> None:
     [("round", "int4"), ("gptq", "int4"), ("awq", "int4"), ("smoothquant", "int8"), ("gptq", "fp8"), ("awq", "int8")],
 )
 def test_what_was_calibrated_is_served(method: Any, kind: Any, llama: Path, tmp_path: Path) -> None:
-    """The CPU kernels compute with the numbers of the report, without rounding them once more."""
+    """The CPU kernels compute with the weights of the report, without rounding them once more."""
     report = compress(llama, tmp_path / "small", TEXTS, quantization=Quantization(method=method, kind=kind))
     config = open_checkpoint(tmp_path / "small").config
     small = load_model(tmp_path / "small")
@@ -89,7 +89,8 @@ def test_what_was_calibrated_is_served(method: Any, kind: Any, llama: Path, tmp_
         max_num_batched_tokens=20,
     )  # fmt: skip
     found = engine.teacher_forced(row, 8).double()
-    torch.testing.assert_close(found, logprobs(small)[0, 7:], rtol=0, atol=1e-4)
+    tolerance = 1e-4 if kind == "fp8" else 5e-4  # integers are multiplied by activations of 16 bits
+    torch.testing.assert_close(found, logprobs(small)[0, 7:], rtol=0, atol=tolerance)
 
 
 def test_gptq_is_better_than_rounding_on_every_layer(llama: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from stellarbyte.compress.quantization.rounding import round_matrix
 from stellarbyte.compress.quantization.settings import Quantization
 from stellarbyte.compress.quantization.statistics import InputStatistics, product_errors
 from stellarbyte.ops.cpu.packing import panels_of, unpack
-from stellarbyte.ops.cpu.panels import INT4_GROUP, INT8_GROUP
+from stellarbyte.ops.cpu.panels.sizes import INT4_GROUP, INT8_GROUP
 from stellarbyte.ops.triton.grouped.weights import grouped, takes
 
 KINDS: tuple[Kind, ...] = ("int4", "int8", "fp8")

@@ -20,7 +20,7 @@ from stellarbyte.ops.cpu.packing import (
     quantized_rows,
     unpack,
 )
-from stellarbyte.ops.cpu.panels import PANEL_ROWS
+from stellarbyte.ops.cpu.panels.sizes import PANEL_ROWS
 from stellarbyte.ops.cpu.routing import Routers, make_pairs, route
 from tests.support.cases import some
 from tests.support.chosen_experts import choose_experts, sum_of_experts
@@ -156,8 +156,8 @@ def make_layer(
     )  # fmt: skip
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 16, 17, 100])
@@ -182,7 +182,7 @@ def test_quantized_experts_are_those_that_are_stored(num_tokens: int, quantizati
     """Of two experts, each has up to 60 tokens: more than are computed from the packed form."""
     layer = make_layer(num_experts=2, top_k=2, inner=128, shared=192, has_shared_gate=True, quantization=quantization)
     x_TC = random(num_tokens, 64)
-    assert_near(layer(x_TC), layer.expected(x_TC))
+    assert_near(layer(x_TC), layer.expected(x_TC), 2e-5 if quantization == "fp8" else 5e-4)  # activations of 16 bits
 
 
 @pytest.mark.parametrize("router", list(itertools.product([False, True], repeat=4)), ids=str)

@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.backends.cpu_model import batch_arrays
 from stellarbyte.ops.cpu.attention import BatchArrays, Rotations, paged_attention, write_kv
+from stellarbyte.ops.cpu.panels.tiles import may_use_tiles
 from stellarbyte.ops.cpu.tiled_attention import MIN_QUERIES, MIN_WINDOW, can_tile, tiled_attention
-from stellarbyte.ops.cpu.tiles import may_use_tiles
 from tests.support.attention_steps import Case, Step, make_step
 
 pytestmark = pytest.mark.skipif(not may_use_tiles(), reason="needs an x86 processor with AMX that Linux lets us use")

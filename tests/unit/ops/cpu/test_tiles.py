@@ -17,7 +17,7 @@ from stellarbyte.ops.cpu.linear import (
     linear,
 )
 from stellarbyte.ops.cpu.packing import interleave_gated, pack, unpack
-from stellarbyte.ops.cpu.tiles import may_use_tiles, split_panel, split_row
+from stellarbyte.ops.cpu.panels.tiles import may_use_tiles, split_panel, split_row
 from tests.support.models.byte_transformer import make_model
 
 NOTHING, NO_ADDEND = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)

@@ -192,7 +192,8 @@ def test_what_adapters_add_to_quantized_weights_is_not_quantized(quantization: s
         model, backend=partial(CpuModel, quantization=quantization, num_threads=2), adapters={"a": adapter}
     )
     expected = ModelEngine(merged(rounded, adapter)).teacher_forced(random_tokens(40), 20)
-    assert (engine.teacher_forced(random_tokens(40), 20, adapter="a") - expected).abs().max() <= 1e-4
+    found = engine.teacher_forced(random_tokens(40), 20, adapter="a")
+    assert (found - expected).abs().max() <= 3e-3  # activations of 16 bits
     served = engine.executor.model
     for name in (*adapter.weights, HEAD, EMBEDDING):  # what DoRA's norms and replaced heads are computed from
         torch.testing.assert_close(served.weight(name), rounded.get_submodule(name).weight, rtol=0, atol=1e-5)

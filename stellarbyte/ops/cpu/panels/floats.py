@@ -1,11 +1,11 @@
-"""A packed weight's panels: products with a few tokens, whose sums stay in registers, and unpacking, on the CPU.
+"""Products of float32 and fp8 panels with a few tokens, whose sums stay in registers, and unpacking, on the CPU.
 
 A weight matrix is stored in panels of 16 rows, column by column, so that one vector register holds one column of a
 panel and a token's value is broadcast against it. LLVM's vectoriser does not produce this code, so the innermost loop
 consists of LLVM instructions.
 
-Weights are float32, int8 or fp8 (e4m3; a scale for every 64 columns of a row) or int4 (two columns a byte, a scale and
-a minimum for every 32); activations are float32. Codes of fp8 and int4 are uint8: fp8 has minima of uint8, empty ones.
+Weights are float32, fp8 (e4m3, a scale for every 64 columns of a row), int8 or int4; those of the last two are only
+unpacked here, and multiplied by `integers`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,24 +15,21 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, host_has
+from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter
+from stellarbyte.ops.cpu.panels.integers import COLUMNS_OF_A_WORD
+from stellarbyte.ops.cpu.panels.sizes import (
+    HAS_LARGE_TILES,
+    INT4_GROUP,
+    INT8_GROUP,
+    LARGEST_TILE,
+    LINES_AHEAD,
+    PANEL_ROWS,
+    TILE_SIZES,
+)
 
-PANEL_ROWS = LANES
-INT8_GROUP = 64  # and of fp8
-INT4_GROUP = 32
-
-# How many tokens may share a column while it is in a register. AVX2 has 16 registers of half a vector, of which 12 hold
-# the sums of 6 tokens. AVX-512 has 32 of a whole one: 24 for the sums of 12 tokens with two panels at a time, which
-# need half as many loads as those of 24 tokens with one.
-_HAS_PAIRS = host_has("avx512f")
-TILE_SIZES = (12, 8, 6, 5, 4, 3, 2, 1) if _HAS_PAIRS else (6, 5, 4, 3, 2, 1)
-LARGEST_TILE = TILE_SIZES[0]
-TOKENS_OF_PAIRS = LARGEST_TILE if _HAS_PAIRS else 2**62
-# For more tokens, panels are unpacked once. Codes of int4 and fp8 are hard to unpack: it costs as much as 6 tokens.
-_MOST_PACKED = {types.float32: 0, types.int8: 4 * LARGEST_TILE, types.uint8: 12}
+TOKENS_OF_PAIRS = LARGEST_TILE if HAS_LARGE_TILES else 2**62
 
 _COLUMNS_AT_ONCE = 4
-_LINES_AHEAD = 64  # of memory: panels follow each other, and processors' own prefetching falls behind many tokens' sums
 
 Column = tuple[ir.Value, ir.Value]  # weights as float32, its number
 Visit = Callable[[ir.Value, ir.Value], None]
@@ -41,7 +38,7 @@ Visit = Callable[[ir.Value, ir.Value], None]
 class _PanelEmitter(Emitter):
     """LLVM instructions for the dot products of one panel with `num_tokens` rows of x.
 
-    `by_groups`: a sum of a group's integers is scaled once, which is faster for few tokens, but another order of sums.
+    `by_groups`: a sum of a group's numbers is scaled once, which is faster for few tokens, but another order of sums.
     """
 
     def __init__(self, builder: ir.IRBuilder, num_tokens: int, *, by_groups: bool = False) -> None:
@@ -54,12 +51,10 @@ class _PanelEmitter(Emitter):
         for total, row in zip(sums, x_rows, strict=True):
             self.add_product(total, weights, self.splat(self.builder.load(self.offset(row, column))))
 
-    def add_panel(
-        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
-    ) -> None:
-        """Emit self.sums[t] += panel · x[t]; `sum_rows` are the sums of the rows of x over int4's groups."""
-        if self.by_groups and panel.kind != "float32":
-            self._add_groups(panel, num_columns, x_rows, sum_rows)
+    def add_panel(self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value]) -> None:
+        """Emit self.sums[t] += panel · x[t]."""
+        if self.by_groups and panel.kind == "fp8":
+            self._add_groups(panel, num_columns, x_rows)
         else:
             self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
 
@@ -72,16 +67,14 @@ class _PanelEmitter(Emitter):
         for group, columns in self._groups(panel, num_columns):
             scale = self._of_group(panel.scales, group)
             minimum = self._of_group(panel.minima, group) if panel.kind == "int4" else None
-            for integers, column in columns:
+            for numbers, column in columns:
                 if minimum is None:
-                    visit(self.builder.fmul(integers, scale), column)
+                    visit(self.builder.fmul(numbers, scale), column)
                 else:
-                    visit(self.multiply_add(integers, scale, minimum), column)
+                    visit(self.multiply_add(numbers, scale, minimum), column)
 
-    def _add_groups(
-        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
-    ) -> None:
-        """Σ (integer · scale + minimum) · x as scale · Σ integer · x + minimum · Σ x, group by group.
+    def _add_groups(self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value]) -> None:
+        """Σ number · scale · x as scale · Σ number · x, group by group.
 
         With few tokens each column would wait for the previous sum, so adjacent columns have separate sums.
         """
@@ -89,38 +82,31 @@ class _PanelEmitter(Emitter):
         for group, columns in self._groups(panel, num_columns):
             for total in (total for sums in partial for total in sums):
                 self.builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
-            for i, (integers, column) in enumerate(columns):
-                self.add_column(partial[i], integers, x_rows, column)
+            for i, (numbers, column) in enumerate(columns):
+                self.add_column(partial[i], numbers, x_rows, column)
             scale = self._of_group(panel.scales, group)
             for t, total in enumerate(self.sums):
                 value = self.builder.load(partial[0][t])
                 for sums in partial[1:]:
                     value = self.builder.fadd(value, self.builder.load(sums[t]))
                 self.add_product(total, scale, value)
-                if panel.kind == "int4":
-                    x_sum = self.splat(self.builder.load(self.offset(sum_rows[t], group)))
-                    self.add_product(total, self._of_group(panel.minima, group), x_sum)
 
     def _groups(self, panel: "_Panel", num_columns: ir.Value) -> Iterator[tuple[ir.Value, Iterator[Column]]]:
         """Emit a loop over groups, its body between two items; inside it one over columns, a few in each turn."""
         size = INT4_GROUP if panel.kind == "int4" else INT8_GROUP
-        columns_of = self._int4_columns if panel.kind == "int4" else self._byte_columns
+        columns_of = self._fp8_columns if panel.kind == "fp8" else self._word_columns
         with cgutils.for_range(self.builder, self.builder.udiv(num_columns, ir.Constant(INT64, size))) as loop:
             yield loop.index, columns_of(panel, self.times(loop.index, size))
 
-    def _byte_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+    def _fp8_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
         builder = self.builder
-        number_of = self._int8_number if panel.kind == "int8" else self._fp8_number
-        with cgutils.for_range(self.builder, ir.Constant(INT64, INT8_GROUP // _COLUMNS_AT_ONCE)) as loop:
+        with cgutils.for_range(builder, ir.Constant(INT64, INT8_GROUP // _COLUMNS_AT_ONCE)) as loop:
             turn = builder.add(first, self.times(loop.index, _COLUMNS_AT_ONCE))
             self._prefetch_ahead(self.offset(panel.weights, self.times(turn, PANEL_ROWS)), 1)
             for place in range(_COLUMNS_AT_ONCE):
                 column = builder.add(turn, ir.Constant(INT64, place))
                 codes = self.load(self.offset(panel.weights, self.times(column, PANEL_ROWS)), BYTES, 1)
-                yield number_of(codes), column
-
-    def _int8_number(self, codes: ir.Value) -> ir.Value:
-        return self.builder.sitofp(self.builder.sext(codes, INTS), FLOATS)
+                yield self._fp8_number(codes), column
 
     def _fp8_number(self, codes: ir.Value) -> ir.Value:
         """e4m3 as float32: exponent and mantissa move to their places there, with the other bias; the numbers below
@@ -139,19 +125,21 @@ class _PanelEmitter(Emitter):
         magnitude = builder.select(is_small, builder.bitcast(small, INTS), normal)
         return builder.bitcast(builder.or_(magnitude, sign), FLOATS)
 
-    def _int4_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
-        builder, two = self.builder, ir.Constant(INT64, 2)
-        four, fifteen = (ir.Constant(BYTES, [n] * PANEL_ROWS) for n in (4, 15))
-        with cgutils.for_range(builder, ir.Constant(INT64, INT4_GROUP // _COLUMNS_AT_ONCE)) as loop:
-            turn = builder.add(first, self.times(loop.index, _COLUMNS_AT_ONCE))
-            codes = self.offset(panel.weights, self.times(builder.udiv(turn, two), PANEL_ROWS))
-            self._prefetch_ahead(codes, 1)
-            for pair in range(_COLUMNS_AT_ONCE // 2):
-                column = builder.add(turn, ir.Constant(INT64, 2 * pair))
-                both = self.load(self.offset(codes, ir.Constant(INT64, pair * PANEL_ROWS)), BYTES, 1)
-                for place, nibbles in enumerate((builder.and_(both, fifteen), builder.lshr(both, four))):
-                    values = builder.sitofp(builder.zext(nibbles, INTS), FLOATS)
-                    yield values, builder.add(column, ir.Constant(INT64, place))
+    def _word_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        """Those of `integers.code_pairs`: adjacent columns are in the two halves of a word."""
+        builder, columns = self.builder, COLUMNS_OF_A_WORD[panel.codes]
+        bits = 32 // columns
+        size = INT8_GROUP if panel.kind == "int8" else INT4_GROUP
+        extend = builder.ashr if panel.kind == "int8" else builder.lshr
+        with cgutils.for_range(builder, ir.Constant(INT64, size // columns)) as loop:
+            turn = builder.add(first, self.times(loop.index, columns))
+            word = builder.udiv(turn, ir.Constant(INT64, columns))
+            words = self.load(self.offset(panel.weights, self.times(word, PANEL_ROWS)), INTS, 4)
+            for place in range(columns):
+                end = 16 * (place % 2) + bits * (place // 2 + 1)
+                codes = builder.shl(words, ir.Constant(INTS, [32 - end] * LANES))
+                codes = extend(codes, ir.Constant(INTS, [32 - bits] * LANES))
+                yield builder.sitofp(codes, FLOATS), builder.add(turn, ir.Constant(INT64, place))
 
     def ahead(self, weights: ir.Value, place: ir.Value) -> ir.Value:
         """The vector weights[place:] of float32, with a prefetch of one further on."""
@@ -161,7 +149,7 @@ class _PanelEmitter(Emitter):
 
     def _prefetch_ahead(self, weights: ir.Value, size: int) -> None:
         """Read what stands some lines behind `weights`, of numbers of `size` bytes, into the cache."""
-        self.prefetch(self.offset(weights, ir.Constant(INT64, _LINES_AHEAD * 64 // size)))
+        self.prefetch(self.offset(weights, ir.Constant(INT64, LINES_AHEAD * 64 // size)))
 
     def _of_group(self, numbers: ir.Value, group: ir.Value) -> ir.Value:
         return self.load(self.offset(numbers, self.times(group, PANEL_ROWS)), FLOATS, 4)
@@ -174,9 +162,9 @@ class _Panel:
     """One panel of a packed weight, from the first four arguments of an intrinsic: weight and panel number."""
 
     def __init__(self, context, builder, signature, arguments) -> None:
-        kinds = {types.float32: "float32", types.int8: "int8"}
-        codes = "fp8" if signature.args[2].dtype == types.uint8 else "int4"
-        self.kind = kinds.get(signature.args[0].dtype, codes)
+        kinds = {types.float32: "float32", types.uint8: "fp8", types.int32: "int8", types.uint32: "int4"}
+        self.codes = signature.args[0].dtype
+        self.kind = kinds[self.codes]
         self.weights, self.scales, self.minima = (
             self._start(builder, context.make_array(signature.args[i])(context, builder, arguments[i]), arguments[3])
             for i in range(3)
@@ -189,27 +177,22 @@ class _Panel:
         return builder.bitcast(start, array.data.type)
 
 
-def _panel_product(num_tokens: int, *, is_packed: bool = False, by_groups: bool = False):  # numba's typing
+def _panel_product(num_tokens: int, *, by_groups: bool = False):  # numba's own typing takes its place
     """An intrinsic: sums[t, r] = Σ_c weights[panel, c, r] · x[first + t, c] for `num_tokens` tokens."""
 
     @intrinsic
-    def product(typing_context, weights, scales, minima, panel, x, first, sums, x_sums):
-        signature = types.void(weights, scales, minima, types.intp, x, types.intp, sums, x_sums)
+    def product(typing_context, weights, scales, minima, panel, x, first, sums):
+        signature = types.void(weights, scales, minima, types.intp, x, types.intp, sums)
 
         def generate(context, builder, signature, arguments):
             tokens = [builder.add(arguments[5], ir.Constant(INT64, t)) for t in range(num_tokens)]
 
-            def rows_of(argument: int) -> tuple[list[ir.Value], ir.Value]:
-                array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
-                width = cgutils.unpack_tuple(builder, array.shape)[1]
-                return [builder.gep(array.data, [builder.mul(token, width)]) for token in tokens], width
-
-            (x_rows, num_columns), (sum_rows, _) = rows_of(4), rows_of(7)
-            if is_packed and signature.args[0].dtype == types.float32:
-                return context.get_dummy_value()  # never called: `most_packed` of them is 0
+            rows = context.make_array(signature.args[4])(context, builder, arguments[4])
+            num_columns = cgutils.unpack_tuple(builder, rows.shape)[1]
+            x_rows = [builder.gep(rows.data, [builder.mul(token, num_columns)]) for token in tokens]
             panel = _Panel(context, builder, signature, arguments)
             emitter = _PanelEmitter(builder, num_tokens, by_groups=by_groups)
-            emitter.add_panel(panel, num_columns, x_rows, sum_rows)
+            emitter.add_panel(panel, num_columns, x_rows)
             sums = context.make_array(signature.args[6])(context, builder, arguments[6]).data
             for t, total in enumerate(emitter.sums):
                 emitter.store(builder.load(total), builder.gep(sums, [ir.Constant(INT64, t * PANEL_ROWS)]))
@@ -252,7 +235,7 @@ def _pair_product(num_tokens: int):  # numba's own typing takes its place
         signature = types.void(panels, x, integer, sums, integer, integer, integer)
 
         def generate(context, builder, signature, arguments):
-            if not _HAS_PAIRS:
+            if not HAS_LARGE_TILES:
                 return context.get_dummy_value()  # never called: no number of tokens reaches TOKENS_OF_PAIRS
             weights, rows, out = (
                 context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 3)
@@ -309,49 +292,42 @@ def pair_product(panels, x, first, num_tokens, sums, ahead, turn, turns):
         _pair_8(panels, x, first, sums, ahead, turn, turns)
 
 
-def _choice(sizes: tuple[int, ...], *, is_packed: bool = False):  # numba's own typing takes its place
+def _choice(sizes: tuple[int, ...]):  # numba's own typing takes its place
     """The product for a number of tokens that is one of `sizes`, as a chain of conditions."""
-    size, product = sizes[0], _panel_product(sizes[0], is_packed=is_packed)
+    size, product = sizes[0], _panel_product(sizes[0])
 
     @njit(inline="always")
-    def last(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
-        product(weights, scales, minima, panel, x, first, sums, x_sums)
+    def last(weights, scales, minima, panel, x, first, num_tokens, sums):
+        product(weights, scales, minima, panel, x, first, sums)
 
     if len(sizes) == 1:
         return last
-    others = _choice(sizes[1:], is_packed=is_packed)
+    others = _choice(sizes[1:])
 
     @njit(inline="always")
-    def choose(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
+    def choose(weights, scales, minima, panel, x, first, num_tokens, sums):
         if num_tokens == size:
-            product(weights, scales, minima, panel, x, first, sums, x_sums)
+            product(weights, scales, minima, panel, x, first, sums)
         else:
-            others(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
+            others(weights, scales, minima, panel, x, first, num_tokens, sums)
 
     return choose
 
 
-_product_of, _packed_product_of = _choice(TILE_SIZES), _choice(TILE_SIZES, is_packed=True)
-_grouped_1, _grouped_2 = (_panel_product(n, is_packed=True, by_groups=True) for n in (1, 2))
+_product_of = _choice(TILE_SIZES)
+_grouped_1, _grouped_2 = (_panel_product(n, by_groups=True) for n in (1, 2))
 
 
 @njit(inline="always")
-def tile_size(num_tokens):
-    """Of so many tokens, how many the next tile takes."""
-    for size in TILE_SIZES:
-        if size <= num_tokens:
-            return size
-    return 0
-
-
-@intrinsic
-def most_packed(typing_context, weights):
-    """For how many tokens at most `packed_product` is faster than unpacking panels first."""
-
-    def generate(_context, _builder, signature, _arguments):
-        return ir.Constant(INT64, _MOST_PACKED[signature.args[0].dtype])
-
-    return types.int64(weights), generate
+def fp8_product(weights, scales, minima, panel, x, first, num_tokens, sums, is_invariant):
+    """sums = a packed panel's products with rows of x, as many as a `tile_size`; `is_invariant`: in the same order for
+    any number."""
+    if num_tokens == 1 and not is_invariant:
+        _grouped_1(weights, scales, minima, panel, x, first, sums)
+    elif num_tokens == 2 and not is_invariant:
+        _grouped_2(weights, scales, minima, panel, x, first, sums)
+    else:
+        _product_of(weights, scales, minima, panel, x, first, num_tokens, sums)
 
 
 def float32_panels(weight, panel, number, buffer):
@@ -374,18 +350,7 @@ def _float32_panels(weight, panel, number, buffer):
 
 
 @njit(inline="always")
-def packed_product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums, is_invariant):
-    """sums = a panel's products with rows of x, as many as a `tile_size`; `is_invariant`: in the same order for any."""
-    if num_tokens == 1 and not is_invariant:
-        _grouped_1(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 2 and not is_invariant:
-        _grouped_2(weights, scales, minima, panel, x, first, sums, x_sums)
-    else:
-        _packed_product_of(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
-
-
-@njit(inline="always")
-def tile_product(panels, scales, minima, panel, x, first, num_tokens, sums, x_sums):
+def tile_product(panels, scales, minima, panel, x, first, num_tokens, sums):
     """sums = the products of one of `float32_panels` with rows of x, as many as a `tile_size`. What belongs to the
     weight's stored form is not read."""
-    _product_of(panels, scales, minima, panel, x, first, num_tokens, sums, x_sums)
+    _product_of(panels, scales, minima, panel, x, first, num_tokens, sums)
