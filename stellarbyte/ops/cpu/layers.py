@@ -12,10 +12,12 @@ from numba import njit, prange
 from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers, Rotations, paged_attention, write_kv
 from stellarbyte.ops.cpu.instructions import sum_of_squares
-from stellarbyte.ops.cpu.linear import NO_ACTIVATION, TILED, linear
+from stellarbyte.ops.cpu.linear import INVARIANT, NO_ACTIVATION, TILED, linear
 from stellarbyte.ops.cpu.lora import add_rescaled, write_addends
 from stellarbyte.ops.cpu.moe import ExpertBuffers, Experts, make_expert_buffers, mixture
 from stellarbyte.ops.cpu.packing import StackedLinears
+from stellarbyte.ops.cpu.panels.tiles import IS_THERE as HAS_UNIT
+from stellarbyte.ops.cpu.query_tiles import FLOATS, SPLIT
 from stellarbyte.ops.cpu.tiled_attention import MIN_QUERIES, can_tile, tiled_attention
 
 # L layers, T tokens, C hidden size, D head dim, P panels of R rows
@@ -111,12 +113,19 @@ def _attention(x, layer, weights, options, batch, adapters, rotations, keys, val
         keys, values, num_threads,
     )  # fmt: skip
     window = weights.windows_L[layer]
-    is_tiled = options.arithmetic == TILED and can_tile(keys.shape[1], options.head_dim, window, options.softcap)
+    is_tiled = options.arithmetic != INVARIANT and can_tile(keys.shape[1], options.head_dim, window, options.softcap)
     if is_tiled:
-        is_tiled = tiled_attention(
-            qkv, shape, batch, rotations, keys, values, window, options.sink_tokens, weights.score_scales_L[layer],
-            weights.softmax_sink_LH[layer], attended, num_threads,
-        )  # fmt: skip
+        sinks, scale, softmax_sink = options.sink_tokens, weights.score_scales_L[layer], weights.softmax_sink_LH[layer]
+        if HAS_UNIT and options.arithmetic == TILED:
+            is_tiled = tiled_attention(
+                SPLIT, qkv, shape, batch, rotations, keys, values, window, sinks, scale, softmax_sink, attended,
+                num_threads,
+            )  # fmt: skip
+        else:
+            is_tiled = tiled_attention(
+                FLOATS, qkv, shape, batch, rotations, keys, values, window, sinks, scale, softmax_sink, attended,
+                num_threads,
+            )  # fmt: skip
     paged_attention(
         qkv, shape, batch, rotations, keys, values, window, options.sink_tokens, weights.score_scales_L[layer],
         np.float32(options.softcap), weights.softmax_sink_LH[layer], MIN_QUERIES - 1 if is_tiled else len(x),

@@ -1,9 +1,10 @@
-"""Attention of many queries of a sequence by the matrix unit; the mathematics is that of `attention.paged_attention`.
+"""Attention of many queries of a sequence at a time; the mathematics is that of `attention.paged_attention`.
 
-Keys and values of a sequence are split once for a step (`panels.tiles`). Its keys are first turned from the base of
-their block to one that all have in common, that of the block with the step's first token: no distance is longer than
-those of the step's queries. So 16 queries of a head at a time are rotated once, and then have their products with 64
-keys. Sinks keep the base of their block, as a window caps the positions of queries for them.
+Keys and values of a sequence become panels once for a step (`query_tiles`), for the matrix unit or in float32. Its keys
+are first turned from the base of their block to one that all have in common, that of the block with the step's first
+token: no distance is longer than those of the step's queries. So 16 queries of a head at a time are rotated once, and
+then have their products with many keys. Sinks keep the base of their block, as a window caps the positions of queries
+for them.
 """
 
 import numpy as np
@@ -12,23 +13,21 @@ from numba import njit, prange
 from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import visible_part
 from stellarbyte.ops.cpu.instructions import exp, exponentiate, largest
-from stellarbyte.ops.cpu.panels.tiles import (
-    COLUMNS_OF_A_TILE,
-    ROWS_OF_A_TILE,
-    configure_tiles,
-    release_tiles,
-    rotate_row,
-    split_panel,
-    split_row,
-    strip_1,
-    strip_2,
-    strip_4,
+from stellarbyte.ops.cpu.panels.tiles import COLUMNS_OF_A_TILE, ROWS_OF_A_TILE
+from stellarbyte.ops.cpu.query_tiles import (
+    add_values,
+    begin_products,
+    empty_queries,
+    end_products,
+    key_products,
+    make_panels,
+    rotate_query,
 )
 
 # T tokens, H query heads, K key/value heads, D head dim, B blocks of the cache, S block size, L places in live blocks
 
-MIN_QUERIES = 16  # of a sequence in a step: fewer do not make up for splitting its keys and values
-MIN_WINDOW = 512  # below, a query sees few of the keys that were split
+MIN_QUERIES = 16  # of a sequence in a step: fewer do not make up for panels of its keys and values
+MIN_WINDOW = 512  # below, a query sees few of the keys in panels
 _LEAST_DECAY = np.float32(1e-12)  # XPos: 1 / decay of the step's own keys, which float32 must hold with room
 _UNSEEN = np.float32(-1e30)  # a score whose exponential is nothing
 
@@ -41,11 +40,13 @@ def can_tile(block_size, dim, window, softcap):
 
 
 @njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def tiled_attention(qkv, shape, batch, rotations, keys, values, window, sinks, scale, softmax_sink, out, num_threads):
+def tiled_attention(
+    form, qkv, shape, batch, rotations, keys, values, window, sinks, scale, softmax_sink, out, num_threads
+):
     """As `paged_attention` without a cap, for sequences with at least `MIN_QUERIES` tokens, where `can_tile`.
 
-    Returns whether it has done so: not if a value is not finite, which would reach tokens that do not see it, or if
-    XPos takes the step's own keys out of the range of float32.
+    `form`: `query_tiles.SPLIT` or FLOATS. Returns whether it has done so: not if a value is not finite, which would
+    reach tokens that do not see it, or if XPos takes the step's own keys out of the range of float32.
     """
     for n in range(len(batch.num_blocks_N)):
         first, end = batch.starts_N[n], batch.starts_N[n + 1]
@@ -54,11 +55,13 @@ def tiled_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
             if rotations.decay_OD[max(0, last - common)].min() < _LEAST_DECAY:
                 return False
             turns = _turns(batch.block_bases_NM[n, : batch.num_blocks_N[n]] - common, rotations)
-            key_tiles, value_panels, is_finite = _split(n, last, shape, batch, turns, keys, values, sinks, num_threads)
+            key_panels, value_panels, is_finite = make_panels(
+                form, n, last, shape, batch, turns, keys, values, sinks, num_threads
+            )
             if not is_finite.all():
                 return False
             _attend(
-                n, first, end, common, qkv, shape, batch, rotations, keys.shape[1], key_tiles, value_panels, window,
+                n, first, end, common, qkv, shape, batch, rotations, keys.shape[1], key_panels, value_panels, window,
                 sinks, scale, softmax_sink, out, num_threads,
             )  # fmt: skip
     return True
@@ -92,81 +95,20 @@ def _turns(distances_B, rotations):
     return cos, sin, factor
 
 
-@njit(nogil=True, cache=KEEP_COMPILED)  # by its bits, as fast arithmetic knows no NaN
-def _is_finite(row):
-    for bits in row.view(np.uint32):
-        if bits & np.uint32(0x7F800000) == np.uint32(0x7F800000):
-            return False
-    return True
-
-
-@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def _split(n, last, shape, batch, turns, keys, values, sinks, num_threads):
-    """Turned keys of 16 places as tiles [K · L/16, D/32, 2, 16, 16], and values as panels [K · D/16, L/32, 2, 16, 16].
-
-    Values that no query up to the position `last` sees are 0 there. Also returns of each thread whether all others that
-    it met are finite.
-    """
-    _, num_kv_heads, dim = shape
-    block_size, num_blocks = keys.shape[1], batch.num_blocks_N[n]
-    num_tiles = num_blocks * block_size // ROWS_OF_A_TILE
-    num_chunks = (num_blocks * block_size + COLUMNS_OF_A_TILE - 1) // COLUMNS_OF_A_TILE
-    steps, strips = dim // COLUMNS_OF_A_TILE, dim // ROWS_OF_A_TILE
-    key_rows = keys.reshape((-1, dim))
-    key_tiles = np.empty((num_kv_heads * num_tiles, steps, 2, 16, ROWS_OF_A_TILE), np.uint32)
-    value_panels = np.empty((num_kv_heads * strips, num_chunks, 2, 16, ROWS_OF_A_TILE), np.uint32)
-    is_finite = np.ones(num_threads, np.bool_)
-    for thread in prange(num_threads):
-        rows = np.empty((1, steps, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
-        words = rows.view(np.uint32)  # pairs of dims
-        for item in range(thread, num_kv_heads * num_tiles, num_threads):
-            head, tile = item // num_tiles, item % num_tiles
-            b, place = tile * ROWS_OF_A_TILE // block_size, tile * ROWS_OF_A_TILE % block_size
-            first = (batch.block_tables_NM[n, b] * block_size + place) * num_kv_heads + head
-            for i in range(ROWS_OF_A_TILE):
-                if b < batch.num_sink_blocks_N[n]:
-                    split_row(key_rows, first + i * num_kv_heads, rows, 0, i)
-                else:
-                    rotate_row(key_rows, first + i * num_kv_heads, 0, turns[0], turns[1], turns[2], b, rows, i)
-            for step in range(steps):
-                for part in range(2):
-                    source, target = words[0, step, part], key_tiles[item, step, part]
-                    for pair in range(16):
-                        for i in range(ROWS_OF_A_TILE):
-                            target[pair, i] = source[i, pair]
-        panel = np.empty((num_chunks * COLUMNS_OF_A_TILE, ROWS_OF_A_TILE), np.float32)
-        for item in range(thread, num_kv_heads * strips, num_threads):
-            head, column = item // strips, item % strips * ROWS_OF_A_TILE
-            for b in range(num_blocks):
-                block, base = batch.block_tables_NM[n, b], batch.block_bases_NM[n, b]
-                end = min(last + 1, sinks) if b < batch.num_sink_blocks_N[n] else last + 1
-                for i in range(block_size):
-                    if base + i < end:
-                        row = values[block, i, head, column : column + ROWS_OF_A_TILE]
-                        panel[b * block_size + i] = row
-                        is_finite[thread] &= _is_finite(row)
-                    else:
-                        panel[b * block_size + i] = np.float32(0)
-            panel[num_blocks * block_size :] = np.float32(0)
-            split_panel(panel, value_panels, item)
-    return key_tiles, value_panels, is_finite
-
-
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def _attend(
-    n, first, end, common, qkv, shape, batch, rotations, block_size, key_tiles, value_panels, window, sinks, scale,
+    n, first, end, common, qkv, shape, batch, rotations, block_size, key_panels, value_panels, window, sinks, scale,
     softmax_sink, out, num_threads,
 ):  # fmt: skip
     num_heads, num_kv_heads, dim = shape
-    num_tiles, num_chunks = len(key_tiles) // num_kv_heads, value_panels.shape[1]
-    steps, strips = dim // COLUMNS_OF_A_TILE, dim // ROWS_OF_A_TILE
+    num_tiles = len(key_panels) // num_kv_heads
+    width_of_all = _whole_chunks(num_tiles * ROWS_OF_A_TILE)
     num_groups, num_sink_blocks = (end - first + ROWS_OF_A_TILE - 1) // ROWS_OF_A_TILE, batch.num_sink_blocks_N[n]
     for thread in prange(num_threads):
-        scores = np.empty((ROWS_OF_A_TILE, num_chunks * COLUMNS_OF_A_TILE), np.float32)
-        queries = np.zeros((1, steps, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
-        weights = np.empty((1, num_chunks, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
+        scores = np.empty((ROWS_OF_A_TILE, width_of_all), np.float32)
+        queries, weights = empty_queries(key_panels, dim), empty_queries(key_panels, width_of_all)
         sums, totals = np.empty(ROWS_OF_A_TILE, np.float32), np.empty((ROWS_OF_A_TILE, dim), np.float32)
-        configure_tiles()
+        begin_products(key_panels)
         for item in range(thread, num_groups * num_heads, num_threads):
             start, head = first + item // num_heads * ROWS_OF_A_TILE, item % num_heads
             positions = batch.positions_T[start : min(start + ROWS_OF_A_TILE, end)]
@@ -183,27 +125,25 @@ def _attend(
                     continue
                 furthest = window + sinks - 1 if window else -1
                 _rotate(qkv, start, head * dim, positions, base, furthest, rotations, queries)
-                _score(queries, key_tiles, kv_head * num_tiles, place, place + block_size, steps, scores)
+                key_products(queries, key_panels, kv_head * num_tiles, place, place + block_size, scores)
             if seen_from < seen_to:
                 _rotate(qkv, start, head * dim, positions, common, -1, rotations, queries)
-                _score(
-                    queries, key_tiles, kv_head * num_tiles, seen_from * block_size, seen_to * block_size, steps, scores
-                )
-            width = seen_to * block_size
-            chunks = (width + COLUMNS_OF_A_TILE - 1) // COLUMNS_OF_A_TILE
-            scores[:, width : chunks * COLUMNS_OF_A_TILE] = _UNSEEN
+                first_place, end_place = seen_from * block_size, seen_to * block_size
+                key_products(queries, key_panels, kv_head * num_tiles, first_place, end_place, scores)
+            width = _whole_chunks(seen_to * block_size)
+            scores[:, seen_to * block_size : width] = _UNSEEN
             _hide(n, positions, batch, seen_to, block_size, window, sinks, scores)
-            _weigh(scores[:, : chunks * COLUMNS_OF_A_TILE], scale, softmax_sink[head : head + 1], len(positions), sums)
-            for i in range(ROWS_OF_A_TILE):
-                split_row(scores, i, weights, 0, i)
-            for strip in range(0, strips - 3, 4):
-                strip_4(weights, 0, value_panels, kv_head * strips + strip, chunks, totals, strip * ROWS_OF_A_TILE)
-            for strip in range(strips - strips % 4, strips, 2):
-                strip_2(weights, 0, value_panels, kv_head * strips + strip, chunks, totals, strip * ROWS_OF_A_TILE)
+            _weigh(scores[:, :width], scale, softmax_sink[head : head + 1], len(positions), sums)
+            add_values(scores, width, weights, value_panels, kv_head * dim // ROWS_OF_A_TILE, totals)
             for i in range(len(positions)):
                 for d in range(dim):
                     out[start + i, head * dim + d] = totals[i, d] / sums[i]
-        release_tiles()
+        end_products(key_panels)
+
+
+@njit(inline="always")
+def _whole_chunks(width):
+    return (width + COLUMNS_OF_A_TILE - 1) // COLUMNS_OF_A_TILE * COLUMNS_OF_A_TILE
 
 
 @njit(inline="always")
@@ -223,16 +163,6 @@ def _hide(n, positions, batch, num_blocks, block_size, window, sinks, scores):
 
 
 @njit(inline="always")
-def _score(queries, key_tiles, first_tile, start, stop, steps, scores):
-    """Products with the keys of places `start` to `stop` of the sequence, whose first tile is given."""
-    in_fours = start + (stop - start) // (4 * ROWS_OF_A_TILE) * (4 * ROWS_OF_A_TILE)
-    for i in range(start, in_fours, 4 * ROWS_OF_A_TILE):
-        strip_4(queries, 0, key_tiles, first_tile + i // ROWS_OF_A_TILE, steps, scores, i)
-    for i in range(in_fours, stop, ROWS_OF_A_TILE):
-        strip_1(queries, 0, key_tiles, first_tile + i // ROWS_OF_A_TILE, steps, scores, i)
-
-
-@njit(inline="always")
 def _seen(base, is_sink, position, window, sinks, block_size):
     """start, stop of the offsets in a block that a query sees."""
     return visible_part(base, is_sink, position, position - window + 1 if window else 0, sinks, block_size)
@@ -240,17 +170,14 @@ def _seen(base, is_sink, position, window, sinks, block_size):
 
 @njit(inline="always")
 def _rotate(qkv, start, column, positions, base, furthest, rotations, queries):
-    """Rotate the queries from row `start` on for the keys of a block, as a block of split rows.
+    """Rotate the queries from row `start` on for the keys of a block.
 
     `furthest`: the last position of queries for sinks, which a window caps; -1: it is not capped.
     """
     for i in range(len(positions)):
         position = positions[i] if furthest < 0 else min(positions[i], furthest)
         if position >= base:  # others see nothing of the block
-            rotate_row(
-                qkv, start + i, column, rotations.cos_OD, rotations.sin_OD, rotations.decay_OD, position - base,
-                queries, i,
-            )  # fmt: skip
+            rotate_query(qkv, start + i, column, rotations, position - base, queries, i)
 
 
 @njit(inline="always")

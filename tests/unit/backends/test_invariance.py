@@ -47,6 +47,14 @@ def test_the_same_bits_in_every_way(config: dict[str, Any], quantization: str, n
     assert_same_bits(engine, make_requests(num_requests))
 
 
+def test_queries_that_could_be_computed_in_tiles() -> None:
+    """As only a batch of whole prompts could have them, with heads and blocks that tiles divide."""
+    model, requests = make_model(**SIZES, head_dim=32), make_requests(9, adapters=[None])
+    backend = partial(CpuModel, quantization="none", num_threads=2, is_invariant=True)
+    chunked = logprobs_of(ModelEngine(model, backend=backend, block_size=16, max_num_batched_tokens=9), requests)
+    assert logprobs_of(ModelEngine(model, backend=backend, block_size=16, **WAYS["batch"]), requests) == chunked
+
+
 def test_without_it_products_of_few_tokens_have_another_order() -> None:
     """What the flag is there for."""
     model, requests = make_model(**SIZES), [request for request in make_requests(6) if request.adapter is None]

@@ -1,4 +1,4 @@
-"""Attention of many queries by the matrix unit against the torch reference, over a cache full of NaN elsewhere."""
+"""Attention of many queries at a time against the torch reference, over a cache full of NaN elsewhere."""
 
 from typing import Any
 
@@ -11,10 +11,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from stellarbyte.backends.cpu_model import batch_arrays
 from stellarbyte.ops.cpu.attention import BatchArrays, Rotations, paged_attention, write_kv
 from stellarbyte.ops.cpu.panels.tiles import may_use_tiles
+from stellarbyte.ops.cpu.query_tiles import FLOATS, SPLIT
 from stellarbyte.ops.cpu.tiled_attention import MIN_QUERIES, MIN_WINDOW, can_tile, tiled_attention
 from tests.support.attention_steps import Case, Step, make_step
 
-pytestmark = pytest.mark.skipif(not may_use_tiles(), reason="needs an x86 processor with AMX that Linux lets us use")
+needs_unit = pytest.mark.skipif(not may_use_tiles(), reason="needs an x86 processor with AMX that Linux lets us use")
+FORMS = pytest.mark.parametrize(
+    "form", [pytest.param(SPLIT, id="split", marks=needs_unit), pytest.param(FLOATS, id="floats")]
+)
 
 SHAPE: dict[str, Any] = {"block_size": 16, "head_dim": 32}
 # Sequences with too few queries, with a tile's last rows empty, from the middle of a block, with blocks behind them.
@@ -41,7 +45,8 @@ def farthest(case: Case, batch: BatchArrays) -> int:
     return int(max(distances))
 
 
-def attention_of(step: Step, *, by_tiles: bool) -> np.ndarray:
+def attention_of(step: Step, form: np.ndarray | None) -> np.ndarray:
+    """By tiles of a form, or token by token."""
     case, heads = step.case, step.heads
     batch = batch_arrays(step.batch)
     rows = farthest(case, batch) + 1 + case.block_size  # as many as `CpuModel` has; then NaN
@@ -62,15 +67,15 @@ def attention_of(step: Step, *, by_tiles: bool) -> np.ndarray:
     out = np.full((len(qkv), heads.num_heads * heads.head_dim), np.nan, np.float32)
     window, scale = case.window or 0, np.float32(step.rotation.score_scale)
     sink = nothing if step.softmax_sink_H is None else step.softmax_sink_H.numpy()
-    most = MIN_QUERIES - 1 if by_tiles else len(qkv)
+    most = len(qkv) if form is None else MIN_QUERIES - 1
     paged_attention(
         qkv, shape, batch, rotations, keys, values, window, case.sinks, scale, np.float32(0), sink, most, out, 2
     )
-    if by_tiles:
+    if form is not None:
         counts = np.diff(step.batch.query_starts)
         assert np.isnan(out).all(axis=1).sum() == counts[counts >= MIN_QUERIES].sum(), "left out"
         is_done = tiled_attention(
-            qkv, shape, batch, rotations, keys, values, window, case.sinks, scale, sink, out, 2
+            form, qkv, shape, batch, rotations, keys, values, window, case.sinks, scale, sink, out, 2
         )  # fmt: skip
         assert is_done, "not computed"
     return out
@@ -79,37 +84,43 @@ def attention_of(step: Step, *, by_tiles: bool) -> np.ndarray:
 CPU = torch.device("cpu")
 
 
+@FORMS
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_queries_see_what_they_should(case: Case) -> None:
+def test_queries_see_what_they_should(case: Case, form: np.ndarray) -> None:
     step = make_step(case, CPU)
     with torch.no_grad():
         expected = step.expected()[0].numpy()
-    plain, tiled = (attention_of(step, by_tiles=by_tiles) for by_tiles in (False, True))
+    plain, tiled = (attention_of(step, chosen) for chosen in (None, form))
+    is_split = form.dtype == np.uint32
     np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(tiled, expected, rtol=1e-4, atol=2e-4)
+    np.testing.assert_allclose(tiled, expected, rtol=1e-4 if is_split else 1e-5, atol=2e-4 if is_split else 2e-5)
     assert np.abs(tiled - expected).mean() < 2e-5
 
 
-def test_a_sequence_with_a_value_that_is_not_finite_is_left_to_the_other_kernel() -> None:
+@FORMS
+def test_a_sequence_with_a_value_that_is_not_finite_is_left_to_the_other_kernel(form: np.ndarray) -> None:
     """Its products would reach tokens that do not see it: 0 · NaN is NaN."""
     step = make_step(Case(spans=[(0, 48)], **SHAPE), CPU)
     for number in (torch.nan, torch.inf):
         step.qkv_TN[20, -1] = number
         with pytest.raises(AssertionError, match="not computed"):
-            attention_of(step, by_tiles=True)
+            attention_of(step, form)
 
 
-def test_keys_that_xpos_takes_out_of_range_are_left_to_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@FORMS
+def test_keys_that_xpos_takes_out_of_range_are_left_to_the_other_kernel(
+    form: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All keys of a step get one base; the factor of those far behind it would leave the range of float32."""
     step = make_step(Case(spans=[(0, 48)], **SHAPE), CPU)
     decays = step.rotation.log_decay(CPU)
     assert decays is not None
     monkeypatch.setattr(type(step.rotation), "log_decay", lambda *_: decays * 500)
     with pytest.raises(AssertionError, match="not computed"):
-        attention_of(step, by_tiles=True)
+        attention_of(step, form)
 
 
-def test_what_the_unit_is_not_used_for() -> None:
+def test_what_is_not_computed_in_tiles() -> None:
     assert can_tile(16, 64, 0, 0.0) and can_tile(32, 96, MIN_WINDOW, 0.0)
     assert not can_tile(8, 64, 0, 0.0) and not can_tile(16, 80, 0, 0.0)
     assert not can_tile(16, 64, MIN_WINDOW - 1, 0.0) and not can_tile(16, 64, 0, 30.0)
