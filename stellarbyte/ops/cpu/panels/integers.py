@@ -89,8 +89,6 @@ def _product(num_tokens: int):  # numba's own typing takes its place
         signature = types.void(weights, scales, minima, integer, codes, x_scales, x_sums, integer, sums)
 
         def generate(context, builder, signature, arguments):
-            if weights.dtype not in _GROUPS:
-                return context.get_dummy_value()  # never called
             emitter, is_signed = Emitter(builder), weights.dtype == types.int32
             words_of_group = _GROUPS[weights.dtype] // COLUMNS_OF_A_WORD[weights.dtype]
             scales = context.make_array(signature.args[1])(context, builder, arguments[1])

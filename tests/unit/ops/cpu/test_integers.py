@@ -12,6 +12,7 @@ from stellarbyte.ops.cpu.instructions import BYTES, INTS, Emitter, host_has
 from stellarbyte.ops.cpu.linear import INVARIANT, NO_ACTIVATION, PLAIN, linear
 from stellarbyte.ops.cpu.packing import pack, unpack
 from stellarbyte.ops.cpu.panels import integers
+from stellarbyte.ops.cpu.panels.floats import unpack_panel
 from stellarbyte.ops.cpu.panels.integers import encode_rows
 from stellarbyte.ops.cpu.panels.sizes import INT4_GROUP, INT8_GROUP, tile_size
 
@@ -131,6 +132,22 @@ def test_rows_become_the_nearest_integers_side_by_side(quantization: str, group:
             assert (np.abs(whole * found[..., None] - x[rows].reshape(whole.shape)) <= 0.501 * found[..., None]).all()
             np.testing.assert_allclose(totals, whole.sum(axis=-1) * found, rtol=1e-6)
             first += size
+
+
+@njit
+def _unpacked(weights: np.ndarray, scales: np.ndarray, minima: np.ndarray, out: np.ndarray) -> None:
+    for panel in range(len(weights)):
+        unpack_panel(weights, scales, minima, panel, out.shape[1], out, panel)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_unpacked_panels_are_the_numbers_that_are_stored(quantization: str) -> None:
+    """What the matrix unit multiplies."""
+    (w,) = random_arrays((40, 192))
+    weight = pack(w, quantization)
+    out = np.full((3, 192, 16), np.nan, np.float32)
+    _unpacked(*weight, out)
+    np.testing.assert_allclose(out.transpose(0, 2, 1).reshape(48, 192), unpack(weight), rtol=3e-7, atol=5e-7)
 
 
 @pytest.mark.parametrize("at_once", [0, 16, 32])
