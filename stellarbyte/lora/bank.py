@@ -115,8 +115,9 @@ def pack_adapter(
         weights: module name → (A [r, in], B [out, r]); names and shapes are those of `adaptable_modules`.
         scales: module name → alpha / r of that module.
         factors: module name → f [out] of DoRA.
-        replaced: see `PackedAdapter`.
+        replaced: see `PackedAdapter`; in `dtype`.
     """
+    assert all(matrix.dtype == dtype for matrix in replaced.values())
     projections = Projections.of(config)
     ranks_LP = np.zeros((config.num_hidden_layers, len(projections.names)), dtype=np.int64)
     has_factors_LP = np.zeros(ranks_LP.shape, dtype=np.bool_)

@@ -40,7 +40,7 @@ MIXED = EXPERTS | {
 WAYS = {f"batches of {size}": {"max_num_seqs": size} for size in (2, 3, 8, 17, 64)} | {
     "one step of many prompts": {"max_num_seqs": 64, "max_num_batched_tokens": 4096},
     "chunks": {"max_num_seqs": 7, "max_num_batched_tokens": 9},
-    "preempted": {"max_num_seqs": 64, "num_blocks": 60},
+    "preempted": {"max_num_seqs": 64, "max_num_batched_tokens": 512, "num_blocks": 60},
 }
 CACHED = {"max_num_seqs": 5, "num_blocks": 8000}
 

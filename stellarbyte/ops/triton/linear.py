@@ -147,7 +147,7 @@ def _vector_kernel(
     inside = n < num_outputs
     k = tl.arange(0, BLOCK_K)
     tile = weight + n.to(tl.int64)[:, None] * num_inputs + k[None, :]
-    to_ups = num_outputs.to(tl.int64) * num_inputs
+    to_ups = tl.cast(num_outputs, tl.int64) * num_inputs
     w = load_weights(tile, inside, k < num_inputs, EVEN_K)
     w_up = w
     if GATE:
@@ -245,7 +245,7 @@ def _rows_kernel(
         v = tl.load(x + t[None, :] * num_inputs + k[:, None], mask=some_k[:, None] & inside_t[None, :], other=0.0)
         total = tl.dot(w, v, total, input_precision="ieee")
         if GATE:
-            w_up = tl.load(weight + num_outputs.to(tl.int64) * num_inputs + row + k[None, :], mask=mask, other=0.0)
+            w_up = tl.load(weight + tl.cast(num_outputs, tl.int64) * num_inputs + row + k[None, :], mask=mask, other=0.0)
             ups = tl.dot(w_up.to(element), v, ups, input_precision="ieee")
     inside = inside_n[:, None] & inside_t[None, :]
     many_n = n[:, None] + tl.zeros([1, ROWS], tl.int32)

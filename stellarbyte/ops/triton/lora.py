@@ -324,7 +324,8 @@ def _expand_kernel(
                 b_n = tl.load(bias + first_column + n, mask=inside_n, other=0.0).to(tl.float32)
                 change -= (d.to(tl.float32) * b_n)[None, :]
             total += change
-        total = product + scale[:, None] * total
+        # Fused in every kernel, as compilers may or may not: without factors, the bits are those with factors of 0.
+        total = tl.fma(scale[:, None], total, product)
     else:
         total *= scale[:, None]
     tl.store(place_out, total.to(out.dtype.element_ty), mask=inside)

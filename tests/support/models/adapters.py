@@ -34,7 +34,8 @@ class RandomAdapter:
     )  # what its head and embedding differ from the model's [V, C]
 
     def packed(self, config: ByteModelConfig, dtype: torch.dtype = torch.float32) -> PackedAdapter:
-        return pack_adapter(self.weights, self.scales, config, dtype, self.factors, self.replaced)
+        replaced = {module: matrix.to(dtype) for module, matrix in self.replaced.items()}
+        return pack_adapter(self.weights, self.scales, config, dtype, self.factors, replaced)
 
 
 def random_adapter(

@@ -187,7 +187,7 @@ def _rows_kernel(
             place = codes + tile_n.to(tl.int64) * num_inputs + g * GROUP + tile_b
             total = _add_groups(total, v, place, now[j * READS], mask)
             if GATE:
-                ups = _add_groups(ups, v, place + num_outputs.to(tl.int64) * num_inputs, now[j * READS + 1], mask)
+                ups = _add_groups(ups, v, place + tl.cast(num_outputs, tl.int64) * num_inputs, now[j * READS + 1], mask)
     if SPLIT > 1:
         total, ups = tl.sum(total, axis=0), tl.sum(ups, axis=0)
     store_rows(

@@ -71,7 +71,7 @@ def int4_rows_kernel(
             )  # fmt: skip
             if GATE:
                 ups = _add_slabs(
-                    ups, quarters, place + num_outputs.to(tl.int64) * 16, inside, place_of_groups + num_outputs,
+                    ups, quarters, place + tl.cast(num_outputs, tl.int64) * 16, inside, place_of_groups + num_outputs,
                     to_next, inside_groups, GROUP, SCALES_FIRST, IS_HALF, HAS_REAL_ZEROS,
                 )  # fmt: skip
     if SPLIT > 1:

@@ -42,10 +42,14 @@ def in_groups(matrix_NK: torch.Tensor) -> QuantizedMatrix:
 
 
 def weight_of(form: str, matrix_NK: torch.Tensor, bias_N: torch.Tensor) -> tuple[PackedWeight, torch.Tensor]:
-    """And its numbers in float32."""
+    """And its numbers in float32, rounded as for rows in the bias' dtype."""
     if form == "int4":
-        weight = grouped([in_groups(matrix_NK)], bias_N)
-        return weight, weight.dequantized()
+        matrix = in_groups(matrix_NK)
+        zeros_NK, scales_NK = (
+            part.float().repeat_interleave(matrix.group_size, dim=1) for part in (matrix.zeros, matrix.scales)
+        )
+        steps_NK = matrix.unpacked_codes() - zeros_NK
+        return grouped([matrix], bias_N), (steps_NK * scales_NK.to(bias_N.dtype).float()).to(bias_N.dtype).float()
     plain = Weight(matrix_NK=matrix_NK, bias_N=bias_N)
     if form == "none":
         return plain, matrix_NK.float()
