@@ -245,7 +245,9 @@ def _rows_kernel(
         v = tl.load(x + t[None, :] * num_inputs + k[:, None], mask=some_k[:, None] & inside_t[None, :], other=0.0)
         total = tl.dot(w, v, total, input_precision="ieee")
         if GATE:
-            w_up = tl.load(weight + tl.cast(num_outputs, tl.int64) * num_inputs + row + k[None, :], mask=mask, other=0.0)
+            w_up = tl.load(
+                weight + tl.cast(num_outputs, tl.int64) * num_inputs + row + k[None, :], mask=mask, other=0.0
+            )
             ups = tl.dot(w_up.to(element), v, ups, input_precision="ieee")
     inside = inside_n[:, None] & inside_t[None, :]
     many_n = n[:, None] + tl.zeros([1, ROWS], tl.int32)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from stellarbyte.model.decoder import ByteDecoderLayer
 
-BUSY_SHARE = 0.3  # of the time in which the training computes; requests get half of that, too
+BUSY_SHARE = 0.2  # of the time in which the training computes; requests get half of that, too
 
 
 class Pace(TrainerCallback):
