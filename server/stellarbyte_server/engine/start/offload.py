@@ -58,13 +58,10 @@ def make_offload(
     """The tiers of --kv-offload-memory and --kv-offload-dir, started; None: neither is given.
 
     Raises:
-        StartupError: they are too small, the folder cannot be used, or the cache is on a GPU.
+        StartupError: they are too small, or the folder cannot be used.
     """
     if settings.kv_offload_memory is None and settings.kv_offload_dir is None:
         return None
-    if cache.keys_LBSKD.is_cuda:
-        flag = "--kv-offload-dir" if settings.kv_offload_memory is None else "--kv-offload-memory"
-        raise StartupError(f"{flag}: only with --device cpu so far; the copies of a GPU's cache are not proven yet.")
     copies = make_copies(cache)
     memory = BUFFER_BYTES if settings.kv_offload_memory is None else settings.kv_offload_memory
     num_slots = memory // copies.num_bytes

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -53,15 +52,6 @@ def test_bounds_below_one_block_are_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     assert offload is not None
     offload.close()
-
-
-@pytest.mark.parametrize("flag", ["--kv-offload-memory", "--kv-offload-dir"])
-def test_a_cache_on_a_gpu_is_refused(flag: str, tmp_path: Path) -> None:
-    fields = {"kv_offload_memory": 2**30} if "memory" in flag else {"kv_offload_dir": str(tmp_path)}
-    plan, cache = serving()
-    cache.keys_LBSKD = Mock(is_cuda=True)
-    with pytest.raises(StartupError, match=f"^{flag}: only with --device cpu so far"):
-        make_offload(EngineSettings(model="m", kv_offload_bytes=2**30, **fields), ORIGIN, plan, cache)
 
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
